@@ -1,0 +1,56 @@
+"""Configuration keys that Deformable DETR adds to Detectron2's own."""
+
+import torch
+from detectron2.config import CfgNode as CN
+
+
+def add_deformable_detr_config(cfg: CN) -> None:
+    """Add the keys of Deformable DETR, with the defaults of the multi-scale model, to ``cfg``."""
+    cfg.MODEL.META_ARCHITECTURE = "DeformableDETR"
+    # The GPU where there is one.
+    cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+    cfg.MODEL.DEFORMABLE_DETR = node = CN()
+    # Number of classes; 0 takes it from the training set.
+    node.NUM_CLASSES = 0
+    # Backbone features that become levels, fine to coarse.
+    node.IN_FEATURES = ["res3", "res4", "res5"]
+    # Levels in all; those beyond IN_FEATURES are strided convolutions on the coarsest feature.
+    node.NUM_FEATURE_LEVELS = 4
+    # Object queries: the most objects an image can have.
+    node.NUM_QUERIES = 300
+    # Width of the tokens, heads of each attention, width of the feed-forward layers.
+    node.HIDDEN_DIM = 256
+    node.NUM_HEADS = 8
+    node.DIM_FEEDFORWARD = 1024
+    node.ENC_LAYERS = 6
+    node.DEC_LAYERS = 6
+    # Sampling points per head and level.
+    node.ENC_POINTS = 4
+    node.DEC_POINTS = 4
+    node.DROPOUT = 0.1
+    # Iterative box refinement: each decoder layer starts from the boxes of the one before.
+    node.WITH_BOX_REFINE = False
+    # Queries from the encoder's proposals instead of learned ones.
+    node.TWO_STAGE = False
+    # Losses on the earlier decoder layers as well.
+    node.AUX_LOSS = True
+    # Weights of the terms, in the loss and in the matching cost alike.
+    node.CLASS_WEIGHT = 2.0
+    node.L1_WEIGHT = 5.0
+    node.GIOU_WEIGHT = 2.0
+    # Focal loss.
+    node.FOCAL_ALPHA = 0.25
+    node.FOCAL_GAMMA = 2.0
+
+    # Data sets in COCO format: [name, annotation file, image folder] each.
+    cfg.DATASETS.COCO_FORMAT = []
+
+    # Shortest sides before a random crop (INPUT.CROP), one of them chosen at random.
+    cfg.INPUT.CROP.MIN_SIZE_TRAIN = (400, 500, 600)
+
+    cfg.SOLVER.OPTIMIZER = "AdamW"
+    # Learning rates relative to BASE_LR: of the backbone, and of the linear layers that
+    # predict sampling offsets and reference points.
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
+    cfg.SOLVER.SAMPLING_MULTIPLIER = 0.1

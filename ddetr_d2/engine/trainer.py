@@ -1,0 +1,127 @@
+"""Detectron2's DefaultTrainer with the recipe of Deformable DETR (paper, appendix A.4)."""
+
+import logging
+import os
+import weakref
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import (
+    MetadataCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
+from detectron2.engine import DefaultTrainer
+from detectron2.engine.hooks import HookBase
+from detectron2.evaluation import COCOEvaluator
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from torch import nn
+
+from ..checkpoint import DetrCheckpointer
+from ..data import DetrDatasetMapper
+from ..errors import UserError
+
+OPTIMIZERS = {"AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD}
+
+
+class Trainer(DefaultTrainer):
+    """Trains and evaluates :class:`ddetr_d2.modeling.DeformableDETR`."""
+
+    def __init__(self, cfg: CfgNode):
+        # Detectron2's AMP scales losses on a GPU; on a CPU bfloat16 needs autocast alone.
+        self._cpu_amp = cfg.SOLVER.AMP.ENABLED and torch.device(cfg.MODEL.DEVICE).type == "cpu"
+        if self._cpu_amp:
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.SOLVER.AMP.ENABLED = False
+            cfg.freeze()
+        super().__init__(cfg)
+
+    def build_hooks(self) -> list[HookBase]:
+        # The hooks keep the checkpointer they are given, so ours has to be in place first.
+        self.checkpointer = self.build_checkpointer(
+            self.cfg, self._trainer.model, trainer=weakref.proxy(self)
+        )
+        return super().build_hooks()
+
+    @staticmethod
+    def build_checkpointer(cfg: CfgNode, model: nn.Module, **kwargs) -> DetrCheckpointer:
+        """Checkpointer in OUTPUT_DIR that writes the class names of the data sets."""
+        names = cfg.DATASETS.TRAIN or cfg.DATASETS.TEST
+        classes = MetadataCatalog.get(names[0]).get("thing_classes") if names else None
+        return DetrCheckpointer(model, cfg.OUTPUT_DIR, class_names=classes, **kwargs)
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """AdamW with three learning rates: backbone, sampling offsets and reference points, rest.
+
+        With SOLVER.CLIP_GRADIENTS.CLIP_TYPE ``full_model`` the norm of all gradients together is
+        clipped; Detectron2's own types work as well.
+        """
+        solver = cfg.SOLVER
+        if solver.OPTIMIZER not in OPTIMIZERS:
+            raise UserError(
+                f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; expected one of "
+                + ", ".join(OPTIMIZERS)
+            )
+
+        def lr_factor(name: str) -> float:
+            if name.startswith("backbone."):
+                return solver.BACKBONE_MULTIPLIER
+            if "sampling_offsets" in name or "reference_points" in name:
+                return solver.SAMPLING_MULTIPLIER
+            return 1.0
+
+        parameters = get_default_optimizer_params(
+            model,
+            base_lr=solver.BASE_LR,
+            weight_decay=solver.WEIGHT_DECAY,
+            lr_factor_func=lr_factor,
+        )
+        kwargs = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
+        if solver.OPTIMIZER == "SGD":
+            kwargs |= {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
+        optimizer = OPTIMIZERS[solver.OPTIMIZER](parameters, **kwargs)
+        clip = solver.CLIP_GRADIENTS
+        if not (clip.ENABLED and clip.CLIP_TYPE == "full_model"):
+            return maybe_add_gradient_clipping(cfg, optimizer)
+
+        def clip_total_norm(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+            torch.nn.utils.clip_grad_norm_(
+                (p for group in optimizer.param_groups for p in group["params"]),
+                clip.CLIP_VALUE,
+                norm_type=clip.NORM_TYPE,
+            )
+
+        optimizer.register_step_pre_hook(clip_total_norm)
+        return optimizer
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        return build_detection_train_loader(cfg, mapper=DetrDatasetMapper(cfg, is_train=True))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        return build_detection_test_loader(
+            cfg, dataset_name, mapper=DetrDatasetMapper(cfg, is_train=False)
+        )
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+        return COCOEvaluator(dataset_name, tasks=("bbox",), output_dir=folder)
+
+    def run_step(self) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._cpu_amp):
+            super().run_step()
+
+    def train(self):
+        """Train; a run that a user's mistake or Ctrl-C ends keeps its work in a checkpoint."""
+        try:
+            return super().train()
+        except (UserError, KeyboardInterrupt):
+            if self.iter > self.start_iter:
+                self.iter -= 1  # the iteration that failed is to be done again
+                self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
+                logging.getLogger(__name__).info("Stopped; continue with --resume.")
+            raise

@@ -1,0 +1,26 @@
+"""Errors that a user can cause and mend, and how the programs report them."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+
+class UserError(ValueError):
+    """Something in the user's arguments, configuration or files is wrong.
+
+    The message is one sentence or two for the user: the thing, its value and the remedy.
+    """
+
+
+@contextlib.contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Print a :class:`UserError` as one ``error: ...`` line on stderr and exit with code 2.
+
+    Other exceptions pass through with their traceback: they are defects, not user errors.
+    """
+    try:
+        yield
+    except UserError as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

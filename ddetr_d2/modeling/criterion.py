@@ -1,0 +1,92 @@
+"""The set prediction loss (paper, section 3 and appendix A.2)."""
+
+import torch
+import torch.nn.functional as F
+from detectron2.utils import comm
+from fvcore.nn import sigmoid_focal_loss
+from torch import Tensor, nn
+from torchvision.ops import box_convert, generalized_box_iou_loss
+
+from .heads import Predictions
+from .matcher import HungarianMatcher, Matches, Target
+
+
+class SetCriterion(nn.Module):
+    """Focal loss on all queries; L1 and GIoU losses on the boxes of those matched to an object.
+
+    The weights and the focal constants are the matcher's: what is minimised is what is matched.
+    """
+
+    def __init__(self, matcher: HungarianMatcher):
+        super().__init__()
+        self.matcher = matcher
+
+    def forward(
+        self,
+        layers: list[Predictions],
+        proposals: Predictions | None,
+        targets: list[Target],
+    ) -> dict[str, Tensor]:
+        """Weighted losses by name.
+
+        Args:
+            layers: predictions of the decoder layers, final ones last; earlier ones get the
+                suffix ``_0``, ``_1`` ... in the names.
+            proposals: the encoder's predictions (suffix ``_enc``), matched with all labels
+                set to class 0.
+            targets: ground truth of each image.
+        """
+        num_boxes = self._average_num_boxes(targets, layers[-1].boxes.device)
+        losses = {}
+        suffixes = [f"_{index}" for index in range(len(layers) - 1)] + [""]
+        for suffix, prediction, matches in zip(
+            suffixes, layers, self.matcher(layers, targets), strict=True
+        ):
+            losses |= self._losses(prediction, matches, targets, num_boxes, suffix)
+        if proposals is not None:
+            targets = [Target(torch.zeros_like(t.labels), t.boxes) for t in targets]
+            (matches,) = self.matcher([proposals], targets)
+            losses |= self._losses(proposals, matches, targets, num_boxes, "_enc")
+        return losses
+
+    def _losses(
+        self,
+        predictions: Predictions,
+        matches: Matches,
+        targets: list[Target],
+        num_boxes: Tensor,
+        suffix: str,
+    ) -> dict[str, Tensor]:
+        labels = torch.cat([t.labels for t in targets])[matches.target]
+        boxes = torch.cat([t.boxes for t in targets])[matches.target]
+        matched = predictions.boxes[matches.image, matches.query]
+
+        logits = predictions.logits.float()
+        wanted = torch.zeros_like(logits)
+        wanted[matches.image, matches.query, labels] = 1.0
+        weights = self.matcher
+        loss_class = sigmoid_focal_loss(
+            logits, wanted, weights.focal_alpha, weights.focal_gamma, reduction="sum"
+        )
+        loss_l1 = F.l1_loss(matched, boxes, reduction="sum")
+        loss_giou = generalized_box_iou_loss(
+            box_convert(matched, "cxcywh", "xyxy"),
+            box_convert(boxes, "cxcywh", "xyxy"),
+            reduction="sum",
+            eps=1e-12,
+        )
+        return {
+            f"loss_class{suffix}": weights.class_weight * loss_class / num_boxes,
+            f"loss_l1{suffix}": weights.l1_weight * loss_l1 / num_boxes,
+            f"loss_giou{suffix}": weights.giou_weight * loss_giou / num_boxes,
+        }
+
+    @staticmethod
+    def _average_num_boxes(targets: list[Target], device: torch.device) -> Tensor:
+        """Boxes per worker, averaged over all workers, at least 1."""
+        num_boxes = torch.tensor(
+            float(sum(len(t.labels) for t in targets)), dtype=torch.float, device=device
+        )
+        if comm.get_world_size() > 1:
+            torch.distributed.all_reduce(num_boxes)
+        return (num_boxes / comm.get_world_size()).clamp(min=1)

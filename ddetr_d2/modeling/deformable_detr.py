@@ -1,0 +1,206 @@
+"""The meta-architecture: images in, losses or detections out."""
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+
+from .criterion import SetCriterion
+from .feature_levels import FeatureProjection
+from .heads import DetectionHead, Predictions
+from .matcher import HungarianMatcher, Target
+from .queries import EncoderProposals, LearnedQueries
+from .transformer import (
+    DeformableTransformer,
+    DeformableTransformerDecoder,
+    DeformableTransformerEncoder,
+    TransformerSize,
+)
+
+
+@META_ARCH_REGISTRY.register()
+class DeformableDETR(nn.Module):
+    """Deformable DETR (Zhu et al., ICLR 2021, arXiv 2010.04159).
+
+    Single scale, DC5, iterative box refinement and two-stage are choices of configuration, see
+    :func:`ddetr_d2.add_deformable_detr_config`.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        projection: FeatureProjection,
+        transformer: DeformableTransformer,
+        criterion: SetCriterion,
+        in_features: list[str],
+        pixel_mean: list[float],
+        pixel_std: list[float],
+        num_detections: int = 100,
+        aux_loss: bool = True,
+    ):
+        """
+        Args:
+            backbone: a Detectron2 backbone, (N, 3, H, W) to a dict of features.
+            projection: backbone features to the levels of the transformer.
+            transformer: levels to predictions.
+            criterion: predictions and targets to losses.
+            in_features: names of the backbone features used, fine to coarse.
+            pixel_mean: mean of each channel, subtracted from the input.
+            pixel_std: standard deviation of each channel, the input is divided by.
+            num_detections: detections kept per image.
+            aux_loss: losses on the earlier decoder layers as well.
+        """
+        super().__init__()
+        self.backbone = backbone
+        self.projection = projection
+        self.transformer = transformer
+        self.criterion = criterion
+        self.in_features = in_features
+        self.num_detections = num_detections
+        self.aux_loss = aux_loss
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        node = cfg.MODEL.DEFORMABLE_DETR
+        if node.NUM_CLASSES < 1:
+            raise ValueError(
+                "MODEL.DEFORMABLE_DETR.NUM_CLASSES is not set; give it, or let "
+                "ddetr_d2.engine.setup_cfg take it from the training set"
+            )
+        backbone = build_backbone(cfg)
+        shapes = backbone.output_shape()
+        size = TransformerSize(
+            hidden_dim=node.HIDDEN_DIM,
+            num_heads=node.NUM_HEADS,
+            num_levels=node.NUM_FEATURE_LEVELS,
+            dim_feedforward=node.DIM_FEEDFORWARD,
+            dropout=node.DROPOUT,
+        )
+
+        def head(size_bias: float) -> DetectionHead:
+            return DetectionHead(node.HIDDEN_DIM, node.NUM_CLASSES, size_bias)
+
+        # Proposals bring sizes of their own; learned queries start from small boxes.
+        first_bias = 0.0 if node.TWO_STAGE else -2.0
+        later_heads = node.DEC_LAYERS - 1 if node.WITH_BOX_REFINE else 0
+        if node.TWO_STAGE:
+            queries = EncoderProposals(node.NUM_QUERIES, node.HIDDEN_DIM, head(0.0))
+        else:
+            queries = LearnedQueries(node.NUM_QUERIES, node.HIDDEN_DIM)
+        return {
+            "backbone": backbone,
+            "projection": FeatureProjection(
+                [shapes[name].channels for name in node.IN_FEATURES],
+                node.NUM_FEATURE_LEVELS,
+                node.HIDDEN_DIM,
+            ),
+            "transformer": DeformableTransformer(
+                DeformableTransformerEncoder(size, node.ENC_LAYERS, node.ENC_POINTS),
+                queries,
+                DeformableTransformerDecoder(
+                    size,
+                    node.DEC_LAYERS,
+                    node.DEC_POINTS,
+                    [head(first_bias)] + [head(0.0) for _ in range(later_heads)],
+                ),
+            ),
+            "criterion": SetCriterion(
+                HungarianMatcher(
+                    node.CLASS_WEIGHT,
+                    node.L1_WEIGHT,
+                    node.GIOU_WEIGHT,
+                    node.FOCAL_ALPHA,
+                    node.FOCAL_GAMMA,
+                )
+            ),
+            "in_features": node.IN_FEATURES,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "num_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "aux_loss": node.AUX_LOSS,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is; inputs are brought there."""
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+        """
+        Args:
+            batched_inputs: one dict per image as Detectron2's DatasetMapper makes it: ``image``
+                (3, H, W); ``instances`` with ``gt_boxes`` and ``gt_classes`` in training;
+                ``height`` and ``width`` of the wanted output otherwise.
+
+        Returns:
+            In training a dict of losses, else ``[{"instances": Instances}]`` with
+            ``pred_boxes`` in pixels of the output, ``scores`` and ``pred_classes``.
+        """
+        images = self.preprocess_image(batched_inputs)
+        features = self.backbone(images.tensor)
+        levels = self.projection(
+            [features[name] for name in self.in_features], self._padding_mask(images)
+        )
+        layers, proposals = self.transformer(levels)
+        if self.training:
+            targets = [self._target(x["instances"].to(self.device)) for x in batched_inputs]
+            return self.criterion(layers if self.aux_loss else layers[-1:], proposals, targets)
+        return self.postprocess(layers[-1], batched_inputs, images.image_sizes)
+
+    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
+        """Normalise the images and pad them at the right and the bottom to one size."""
+        images = [
+            (x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs
+        ]
+        return ImageList.from_tensors(images, self.backbone.size_divisibility)
+
+    @staticmethod
+    def _padding_mask(images: ImageList) -> Tensor:
+        """(N, H, W) bool, True on padding."""
+        tensor = images.tensor
+        mask = torch.ones(
+            (tensor.shape[0], *tensor.shape[-2:]), dtype=torch.bool, device=tensor.device
+        )
+        for image_mask, (height, width) in zip(mask, images.image_sizes, strict=True):
+            image_mask[:height, :width] = False
+        return mask
+
+    @staticmethod
+    def _target(instances: Instances) -> Target:
+        height, width = instances.image_size
+        boxes = instances.gt_boxes.tensor
+        boxes = boxes / boxes.new_tensor([width, height, width, height])
+        return Target(instances.gt_classes, box_convert(boxes, "xyxy", "cxcywh"))
+
+    def postprocess(
+        self,
+        predictions: Predictions,
+        batched_inputs: list[dict],
+        image_sizes: list[tuple[int, int]],
+    ) -> list[dict]:
+        """Keep the best pairs of query and class; boxes in pixels of the original images."""
+        scores = predictions.logits.float().sigmoid().flatten(1)
+        scores, pairs = scores.topk(min(self.num_detections, scores.shape[1]), dim=1)
+        num_classes = predictions.logits.shape[-1]
+        queries = pairs // num_classes
+        boxes = predictions.boxes.gather(1, queries[..., None].expand(-1, -1, 4))
+        boxes = box_convert(boxes, "cxcywh", "xyxy")
+        results = []
+        for index, (inputs, image_size) in enumerate(
+            zip(batched_inputs, image_sizes, strict=True)
+        ):
+            height = inputs.get("height", image_size[0])
+            width = inputs.get("width", image_size[1])
+            result = Instances((height, width))
+            scale = boxes.new_tensor([width, height, width, height])
+            result.pred_boxes = Boxes(boxes[index] * scale)
+            result.scores = scores[index]
+            result.pred_classes = pairs[index] % num_classes
+            results.append({"instances": result})
+        return results

@@ -1,0 +1,63 @@
+"""Prediction heads and the type in which predictions travel."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import MLP
+
+PRIOR_PROBABILITY = 0.01
+
+
+class Predictions(NamedTuple):
+    """Detections of N images with Q queries each, over K classes.
+
+    Attributes:
+        logits: (N, Q, K) class scores before the sigmoid.
+        boxes: (N, Q, 4) as (cx, cy, w, h), fractions of the unpadded image size.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Logarithm of x / (1 - x), with x clamped to [0, 1] and both parts to at least ``eps``."""
+    x = x.clamp(min=0, max=1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+
+
+class DetectionHead(nn.Module):
+    """Class scores and a box for each feature (paper, appendix A.4)."""
+
+    def __init__(self, hidden_dim: int, num_classes: int, size_bias: float = 0.0):
+        """
+        Args:
+            hidden_dim: width C of the features.
+            num_classes: classes K.
+            size_bias: initial bias of (w, h) before the sigmoid; -2 starts from small boxes.
+        """
+        super().__init__()
+        self.class_embed = nn.Linear(hidden_dim, num_classes)
+        nn.init.constant_(
+            self.class_embed.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY)
+        )
+        self.bbox_embed = MLP(hidden_dim, [hidden_dim, hidden_dim, 4], inplace=False)
+        last = self.bbox_embed[-2]
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        nn.init.constant_(last.bias[2:], size_bias)
+
+    def forward(self, features: Tensor, reference_logits: Tensor) -> Predictions:
+        """Predict relative to reference points or boxes.
+
+        Args:
+            features: (N, Q, C).
+            reference_logits: (N, Q, 2 or 4), references before the sigmoid; a point moves the
+                centre of the box only.
+        """
+        delta = self.bbox_embed(features).float()
+        if reference_logits.shape[-1] == 2:
+            reference_logits = nn.functional.pad(reference_logits, (0, 2))
+        return Predictions(self.class_embed(features), (delta + reference_logits).sigmoid())

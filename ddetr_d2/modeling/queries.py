@@ -1,0 +1,81 @@
+"""Where object queries come from: learned embeddings, or proposals of the encoder."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import sine_embedding
+from .feature_levels import FeatureLevels
+from .heads import DetectionHead
+from .transformer import Queries
+
+# Side of the anchors on the finest level as a fraction of the image; it doubles per level.
+ANCHOR_SIZE = 0.05
+# Anchors with a coordinate outside (margin, 1 - margin) make no proposals.
+ANCHOR_MARGIN = 0.01
+
+
+class LearnedQueries(nn.Module):
+    """One learned embedding per query, split into position and content (paper, section 4.1)."""
+
+    def __init__(self, num_queries: int, hidden_dim: int):
+        super().__init__()
+        self.query_embed = nn.Embedding(num_queries, 2 * hidden_dim)
+        self.reference_points = nn.Linear(hidden_dim, 2)
+        nn.init.xavier_uniform_(self.reference_points.weight)
+        nn.init.zeros_(self.reference_points.bias)
+
+    def forward(self, memory: Tensor, levels: FeatureLevels) -> Queries:
+        """The same queries for each of the N images of ``memory`` (N, S, C)."""
+        position, content = self.query_embed.weight.expand(memory.shape[0], -1, -1).chunk(2, dim=-1)
+        reference = self.reference_points(position).float().sigmoid()
+        return Queries(content.to(memory.dtype), position.to(memory.dtype), reference)
+
+
+class EncoderProposals(nn.Module):
+    """Every encoder token proposes a box, the best become queries (paper, section 4.2)."""
+
+    def __init__(self, num_queries: int, hidden_dim: int, head: DetectionHead):
+        super().__init__()
+        self.num_queries = num_queries
+        self.enc_output = nn.Linear(hidden_dim, hidden_dim)
+        self.enc_output_norm = nn.LayerNorm(hidden_dim)
+        self.pos_trans = nn.Linear(2 * hidden_dim, 2 * hidden_dim)
+        self.pos_trans_norm = nn.LayerNorm(2 * hidden_dim)
+        self.head = head
+        for linear in (self.enc_output, self.pos_trans):
+            nn.init.xavier_uniform_(linear.weight)
+
+    def forward(self, memory: Tensor, levels: FeatureLevels) -> Queries:
+        """Choose the queries among the tokens of ``memory`` (N, S, C).
+
+        Images with fewer tokens than ``num_queries`` get a query per token.
+        """
+        anchors, usable = self._anchors(levels)
+        features = memory.masked_fill(~usable[..., None], 0.0)
+        features = self.enc_output_norm(self.enc_output(features))
+        proposals = self.head(features, anchors)
+
+        # All labels of proposals are class 0: its score says how likely there is an object.
+        count = min(self.num_queries, memory.shape[1])
+        chosen = proposals.logits[..., 0].topk(count, dim=1).indices
+        reference = proposals.boxes.detach().gather(1, chosen[..., None].expand(-1, -1, 4))
+        embedding = sine_embedding(reference, memory.shape[2] // 2).to(memory.dtype)
+        position, content = self.pos_trans_norm(self.pos_trans(embedding)).chunk(2, dim=-1)
+        return Queries(content, position, reference, proposals)
+
+    def _anchors(self, levels: FeatureLevels) -> tuple[Tensor, Tensor]:
+        """Anchor boxes before the sigmoid (N, S, 4), +inf where a token makes no proposal, and
+        which tokens do (N, S)."""
+        centers = levels.token_centers()
+        sizes = torch.cat(
+            [
+                centers.new_full((height * width, 2), ANCHOR_SIZE * 2**level)
+                for level, (height, width) in enumerate(levels.spatial_shapes)
+            ]
+        )
+        boxes = torch.cat((centers, sizes.expand_as(centers)), dim=-1)
+        inside = ((boxes > ANCHOR_MARGIN) & (boxes < 1 - ANCHOR_MARGIN)).all(-1)
+        usable = inside & ~levels.padding_mask
+        return boxes.logit().masked_fill(~usable[..., None], math.inf), usable

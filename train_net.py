@@ -1,0 +1,76 @@
+#!/usr/bin/env python
+"""Train or evaluate Deformable DETR, with Detectron2's usual arguments."""
+
+import argparse
+import sys
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch.multiprocessing import ProcessExitedException
+
+from ddetr_d2.data import infer_num_classes, register_datasets
+from ddetr_d2.engine import Trainer, setup_cfg
+from ddetr_d2.errors import UserError, exit_on_user_error
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """Configuration, data sets and logging of this run."""
+    cfg = setup_cfg(args.config_file, args.opts)
+    if args.eval_only:
+        cfg.DATASETS.TRAIN = ()  # evaluation needs none of its files
+    register_datasets(cfg)
+    cfg.MODEL.DEFORMABLE_DETR.NUM_CLASSES = infer_num_classes(cfg)
+    cfg.freeze()
+    default_setup(cfg, args)
+    logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ddetr_d2")
+    logger.info(
+        f"Running on {cfg.MODEL.DEVICE}, {torch.get_num_threads()} threads; "
+        f"{cfg.MODEL.DEFORMABLE_DETR.NUM_CLASSES} classes."
+    )
+    return cfg
+
+
+def main(args: argparse.Namespace) -> None:
+    with exit_on_user_error():
+        cfg = setup(args)
+        if args.eval_only:
+            model = Trainer.build_model(cfg)
+            checkpointer = Trainer.build_checkpointer(cfg, model, strict=True)
+            if not cfg.MODEL.WEIGHTS and not (args.resume and checkpointer.has_checkpoint()):
+                raise UserError("nothing to evaluate: MODEL.WEIGHTS is empty; give a checkpoint.")
+            checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+            Trainer.test(cfg, model)
+        else:
+            trainer = Trainer(cfg)
+            trainer.resume_or_load(resume=args.resume)
+            trainer.train()
+
+
+def check_devices(args: argparse.Namespace) -> None:
+    """Refuse more processes than there are GPUs before any of them starts."""
+    present = torch.cuda.device_count()
+    if args.num_gpus > max(present, 1):
+        raise UserError(
+            f"--num-gpus {args.num_gpus}, but this machine has {present} usable GPUs; "
+            f"give --num-gpus {max(present, 1)}."
+        )
+
+
+if __name__ == "__main__":
+    args = default_argument_parser().parse_args()
+    with exit_on_user_error():
+        check_devices(args)
+    try:
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except ProcessExitedException as error:  # the worker has said why
+        sys.exit(error.exit_code)
