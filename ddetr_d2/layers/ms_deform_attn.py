@@ -130,8 +130,15 @@ def _flat_shapes(spatial_shapes: Sequence[Sequence[int]] | Tensor) -> list[int]:
         _check_integer_tensor("spatial_shapes", spatial_shapes)
         spatial_shapes = spatial_shapes.tolist()
     _require(
-        all(isinstance(shape, Sequence) and len(shape) == 2 for shape in spatial_shapes),
-        lambda: f"spatial_shapes: expected one (height, width) per level, got {spatial_shapes}",
+        all(
+            isinstance(shape, Sequence)
+            and len(shape) == 2
+            and all(isinstance(size, int | torch.SymInt) for size in shape)
+            for shape in spatial_shapes
+        ),
+        lambda: (
+            f"spatial_shapes: expected one (height, width) of ints per level, got {spatial_shapes}"
+        ),
     )
     return [size for shape in spatial_shapes for size in shape]
 
@@ -261,6 +268,48 @@ def _announce(device_type: str) -> None:
             "FORCE_CUDA=1 pip install -e . --no-build-isolation",
             device_type,
         )
+
+
+def _fake(value, spatial_shapes, sampling_locations, attention_weights):
+    _check_inputs(value, spatial_shapes, sampling_locations, attention_weights)
+    batch, _, heads, channels = value.shape
+    return value.new_empty(batch, sampling_locations.shape[1], heads * channels)
+
+
+def _fake_backward(grad_output, value, spatial_shapes, sampling_locations, attention_weights):
+    _check_inputs(value, spatial_shapes, sampling_locations, attention_weights)
+    return tuple(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for tensor in (value, sampling_locations, attention_weights)
+    )
+
+
+def _save_inputs(ctx, inputs, output):
+    value, ctx.spatial_shapes, sampling_locations, attention_weights = inputs
+    ctx.save_for_backward(value, sampling_locations, attention_weights)
+
+
+def _backward(ctx, grad_output):
+    value, sampling_locations, attention_weights = ctx.saved_tensors
+    grad_value, grad_locations, grad_weights = torch.ops.ddetr_d2.ms_deform_attn_backward(
+        grad_output, value, ctx.spatial_shapes, sampling_locations, attention_weights
+    )
+    return grad_value, None, grad_locations, grad_weights
+
+
+def _double_backward(ctx, *grads):
+    raise NotImplementedError(
+        "ms_deform_attn is differentiable once: there are no gradients of its gradients"
+    )
+
+
+if _IMPORT_ERROR is None:
+    torch.library.register_fake("ddetr_d2::ms_deform_attn", _fake)
+    torch.library.register_fake("ddetr_d2::ms_deform_attn_backward", _fake_backward)
+    torch.library.register_autograd(
+        "ddetr_d2::ms_deform_attn", _backward, setup_context=_save_inputs
+    )
+    torch.library.register_autograd("ddetr_d2::ms_deform_attn_backward", _double_backward)
 
 
 class MSDeformAttn(nn.Module):

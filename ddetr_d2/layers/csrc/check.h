@@ -1,0 +1,96 @@
+// What is checked before a kernel touches memory. The same checks stand in ms_deform_attn.py for
+// the routes that do not come through here.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <utility>
+
+namespace ddetr_d2 {
+
+// Sizes of the call: names as in the documentation of ddetr_d2.layers.ms_deform_attn.
+struct Sizes {
+  int64_t batch, tokens, heads, channels, queries, levels, points;
+};
+
+// Locations and weights are converted to this type: sums of 16 bit values are made in float.
+inline at::ScalarType accumulation_type(const at::Tensor& value) {
+  return value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline void check_like_value(const char* name, const at::Tensor& tensor, const at::Tensor& value,
+                             bool or_accumulation_type) {
+  TORCH_CHECK_VALUE(tensor.device() == value.device(), "ms_deform_attn: ", name,
+                    ": expected device ", value.device(), " as value has, got ", tensor.device());
+  TORCH_CHECK_VALUE(tensor.layout() == at::kStrided, "ms_deform_attn: ", name,
+                    ": expected a dense tensor, got layout ", tensor.layout());
+  TORCH_CHECK_VALUE(
+      tensor.scalar_type() == value.scalar_type() ||
+          (or_accumulation_type && tensor.scalar_type() == accumulation_type(value)),
+      "ms_deform_attn: ", name, ": expected type ", value.scalar_type(), " as value has",
+      or_accumulation_type && value.scalar_type() != accumulation_type(value) ? ", or Float" : "",
+      ", got ", tensor.scalar_type());
+}
+
+inline Sizes check_inputs(const at::Tensor& value, at::IntArrayRef spatial_shapes,
+                          const at::Tensor& sampling_locations,
+                          const at::Tensor& attention_weights) {
+  TORCH_CHECK_VALUE(value.dim() == 4, "ms_deform_attn: value: expected shape (N, S, M, D), got ",
+                    value.sizes());
+  const auto type = value.scalar_type();
+  TORCH_CHECK_VALUE(
+      type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16,
+      "ms_deform_attn: value: expected float32, float64, float16 or bfloat16, got ", type);
+  check_like_value("value", value, value, false);
+  check_like_value("sampling_locations", sampling_locations, value, true);
+  check_like_value("attention_weights", attention_weights, value, true);
+
+  bool valid = !spatial_shapes.empty() && spatial_shapes.size() % 2 == 0;
+  for (const int64_t size : spatial_shapes) valid = valid && size >= 1;
+  TORCH_CHECK_VALUE(valid,
+                    "ms_deform_attn: spatial_shapes: expected height and width, at least 1, of at "
+                    "least one level, got ",
+                    spatial_shapes);
+  int64_t unused_tokens = value.size(1);
+  for (size_t i = 0; valid && i < spatial_shapes.size(); i += 2) {
+    // Divided, since the product of absurd sizes would overflow.
+    valid = spatial_shapes[i] <= unused_tokens / spatial_shapes[i + 1];
+    if (valid) unused_tokens -= spatial_shapes[i] * spatial_shapes[i + 1];
+  }
+  TORCH_CHECK_VALUE(valid && unused_tokens == 0,
+                    "ms_deform_attn: value: expected S to be the sum of height * width over "
+                    "spatial_shapes ",
+                    spatial_shapes, ", got S = ", value.size(1));
+
+  const int64_t levels = static_cast<int64_t>(spatial_shapes.size() / 2);
+  TORCH_CHECK_VALUE(
+      sampling_locations.dim() == 6 && sampling_locations.size(0) == value.size(0) &&
+          sampling_locations.size(2) == value.size(2) && sampling_locations.size(3) == levels &&
+          sampling_locations.size(5) == 2,
+      "ms_deform_attn: sampling_locations: expected shape (N, Q, M, L, K, 2) with N = ",
+      value.size(0), ", M = ", value.size(2), ", L = ", levels, ", got ",
+      sampling_locations.sizes());
+  TORCH_CHECK_VALUE(attention_weights.sizes() == sampling_locations.sizes().slice(0, 5),
+                    "ms_deform_attn: attention_weights: expected shape (N, Q, M, L, K) = ",
+                    sampling_locations.sizes().slice(0, 5), " as in sampling_locations, got ",
+                    attention_weights.sizes());
+  return {value.size(0),
+          value.size(1),
+          value.size(2),
+          value.size(3),
+          sampling_locations.size(1),
+          levels,
+          sampling_locations.size(4)};
+}
+
+inline void check_grad_output(const at::Tensor& grad_output, const at::Tensor& value,
+                              const Sizes& sizes) {
+  check_like_value("grad_output", grad_output, value, false);
+  const int64_t expected[] = {sizes.batch, sizes.queries, sizes.heads * sizes.channels};
+  TORCH_CHECK_VALUE(grad_output.sizes() == at::IntArrayRef(expected),
+                    "ms_deform_attn: grad_output: expected shape (N, Q, M * D) = ",
+                    at::IntArrayRef(expected), ", got ", grad_output.sizes());
+}
+
+}  // namespace ddetr_d2

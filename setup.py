@@ -1,0 +1,105 @@
+"""Builds the compiled operator. Everything else about the package stands in pyproject.toml.
+
+Environment variables:
+    DDETR_D2_NO_EXTENSION=1  build nothing; the operator's plain PyTorch form is used
+    FORCE_CUDA=1             build the CUDA kernels although no GPU is found here
+    TORCH_CUDA_ARCH_LIST     GPU architectures to build for, such as "8.0;9.0"
+    MAX_JOBS                 compilers to run at once
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import setup
+
+CSRC = Path("ddetr_d2", "layers", "csrc")
+
+
+def flag(name: str) -> bool:
+    return os.environ.get(name, "0") not in ("", "0")
+
+
+def say(message: str) -> None:
+    print(f"ddetr_d2: {message}", file=sys.stderr)
+
+
+def why_no_extension() -> str | None:
+    if flag("DDETR_D2_NO_EXTENSION"):
+        return "DDETR_D2_NO_EXTENSION is set"
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if shutil.which(compiler) is None:
+        return f"there is no C++ compiler {compiler!r}"
+    include = sysconfig.get_path("include")
+    if not Path(include, "Python.h").exists():
+        return f"Python's headers are not in {include} (package python3-dev)"
+    return None
+
+
+def why_no_cuda() -> str | None:
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if flag("FORCE_CUDA"):
+        return None
+    if not torch.cuda.is_available():
+        return "no GPU is found (FORCE_CUDA=1 builds them nevertheless)"
+    if CUDA_HOME is None:
+        return "no CUDA toolkit is found (CUDA_HOME names it)"
+    version = subprocess.run(
+        [str(Path(CUDA_HOME, "bin", "nvcc")), "--version"], capture_output=True, text=True
+    )
+    release = re.search(r"release (\d+)", version.stdout)
+    if release is None or release[1] != torch.version.cuda.split(".")[0]:
+        found = release[1] if release else "unknown"
+        return f"the CUDA toolkit is of version {found}, but torch's is {torch.version.cuda}"
+    return None
+
+
+def extension():
+    try:
+        import torch
+        from torch.utils.cpp_extension import CppExtension, CUDAExtension
+    except ImportError:
+        raise SystemExit(
+            "ddetr_d2: torch is needed to build the operator. Install torch and torchvision first, "
+            "then: pip install -e . --no-build-isolation"
+        ) from None
+
+    sources = sorted(CSRC.glob("*.cpp")) + sorted(CSRC.glob("cpu/*.cpp"))
+    # -fopenmp-simd: `omp simd` lets the compiler reorder a sum over channels; no OpenMP library.
+    compile_args = {"cxx": ["-O3", "-fopenmp-simd"], "nvcc": ["-O3"]}
+    extension_class = CppExtension
+    reason = why_no_cuda()
+    if reason is None:
+        sources += sorted(CSRC.glob("cuda/*.cu"))
+        extension_class = CUDAExtension
+        if not torch.cuda.is_available():
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    say(
+        "building CPU kernels" + (f", no CUDA kernels: {reason}" if reason else " and CUDA kernels")
+    )
+    return extension_class(
+        "ddetr_d2._C",
+        [str(source) for source in sources],
+        depends=[str(header) for header in sorted(CSRC.glob("*.h"))],
+        extra_compile_args=compile_args,
+    )
+
+
+reason = why_no_extension()
+if reason is not None:
+    say(f"the operator is not compiled, its slower PyTorch form will be used: {reason}")
+    setup()
+else:
+    # After extension(), which says what to do where torch is missing.
+    modules = [extension()]
+    from torch.utils.cpp_extension import BuildExtension
+
+    setup(ext_modules=modules, cmdclass={"build_ext": BuildExtension})
