@@ -1,0 +1,59 @@
+# make demo: from a fresh clone to a trained detector, its AP and drawings.  make help lists the rest.
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+
+# Only used to create $(VENV).
+PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3.14; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null \
+	&& echo $$python && break; done)
+
+INSTALLED := $(VENV)/installed.stamp
+COMPILED := $(VENV)/compiled.stamp
+
+REQUIREMENTS := requirements-build.txt requirements.txt requirements-detectron2.txt
+ALIAS := $(wildcard third_party/detectron2/*.py third_party/detectron2/*.pth third_party/detectron2/*.toml)
+CSRC := $(sort $(shell find ddetr_d2/layers/csrc -type f 2>/dev/null))
+
+.PHONY: help setup demo test lint
+
+help:
+	@echo 'make demo   set up, train a small detector on synthetic images, evaluate it, draw detections'
+	@echo 'make test   set up, run the tests'
+	@echo 'make lint   set up, check format and style'
+	@echo 'make setup  install everything into $(VENV) and compile the operator'
+	@echo 'PYTHON=...  the Python (3.11 or newer) that $(VENV) is made with'
+
+setup: $(COMPILED)
+
+demo: $(COMPILED)
+	PYTHON=$(PY) tools/quickstart.sh
+
+# Tensors in the tests are small: more threads only wait for each other.
+test: $(COMPILED)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(PY) -m pytest
+
+lint: $(INSTALLED)
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.cpp %.cu %.h %.cuh,$(CSRC))
+
+$(INSTALLED): $(REQUIREMENTS) $(ALIAS)
+	@test -n '$(PYTHON)' || { echo 'error: no Python 3.11 or newer was found:' \
+		'install one, or name it: make PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo 'error: $(PYTHON) is no Python 3.11 or newer: name one with make PYTHON=...' >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo 'error: $(PYTHON) cannot create a virtual' \
+		'environment: on Debian and Ubuntu, apt install python3-venv' >&2; exit 1; }
+	@echo 'Installing torch, Detectron2 and what they need into $(VENV): some minutes, about 6 GB'
+	$(PIP) install -q -r requirements-build.txt
+	$(PIP) install --no-build-isolation --no-warn-conflicts -r requirements.txt
+	$(PIP) install -q --no-deps --ignore-requires-python -r requirements-detectron2.txt
+	$(PIP) install -q --no-deps --no-build-isolation --force-reinstall ./third_party/detectron2
+	@touch $@
+
+$(COMPILED): $(INSTALLED) setup.py pyproject.toml $(CSRC)
+	@echo 'Compiling the operator'
+	$(PIP) install -q --no-deps --no-build-isolation -e .
+	@touch $@
