@@ -66,7 +66,7 @@ def ms_deform_attn(
     _check_level_starts(level_start_index, shapes)
     if not torch.compiler.is_compiling():
         _announce(value.device.type)
-    if value.device.type in _compiled_devices():
+    if value.device.type in _COMPILED_DEVICES:
         return torch.ops.ddetr_d2.ms_deform_attn(
             value, shapes, sampling_locations, attention_weights
         )
@@ -240,19 +240,9 @@ def _require(condition: bool, message) -> None:
 
 
 @functools.cache
-def _compiled_devices() -> frozenset[str]:
-    """Types of devices that the compiled operator has kernels for."""
-    if _IMPORT_ERROR is not None:
-        return frozenset()
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    devices = (("cpu", "CPU"), ("cuda", "CUDA"), ("meta", "Meta"))
-    return frozenset(name for name, key in devices if has_kernel("ddetr_d2::ms_deform_attn", key))
-
-
-@functools.cache
 def _announce(device_type: str) -> None:
     """Say, once per type of device, which implementation is in use."""
-    if device_type in _compiled_devices():
+    if device_type in _COMPILED_DEVICES:
         logger.info("ms_deform_attn on %s: compiled kernels", device_type)
     elif _IMPORT_ERROR is not None:
         logger.warning(
@@ -277,7 +267,15 @@ def _fake(value, spatial_shapes, sampling_locations, attention_weights):
 
 
 def _fake_backward(grad_output, value, spatial_shapes, sampling_locations, attention_weights):
-    _check_inputs(value, spatial_shapes, sampling_locations, attention_weights)
+    expected = _fake(value, spatial_shapes, sampling_locations, attention_weights)
+    for name in ("shape", "device", "dtype"):
+        got, wanted = getattr(grad_output, name), getattr(expected, name)
+        _require(
+            got == wanted,
+            lambda name=name, got=got, wanted=wanted: (
+                f"grad_output: expected {name} {wanted}, got {got}"
+            ),
+        )
     return tuple(
         torch.empty_like(tensor, memory_format=torch.contiguous_format)
         for tensor in (value, sampling_locations, attention_weights)
@@ -310,6 +308,14 @@ if _IMPORT_ERROR is None:
         "ddetr_d2::ms_deform_attn", _backward, setup_context=_save_inputs
     )
     torch.library.register_autograd("ddetr_d2::ms_deform_attn_backward", _double_backward)
+
+# Types of devices that the compiled operator has kernels for.
+_COMPILED_DEVICES = frozenset(
+    name
+    for name, key in (("cpu", "CPU"), ("cuda", "CUDA"), ("meta", "Meta"))
+    if _IMPORT_ERROR is None
+    and torch._C._dispatch_has_kernel_for_dispatch_key("ddetr_d2::ms_deform_attn", key)
+)
 
 
 class MSDeformAttn(nn.Module):

@@ -23,8 +23,6 @@ inline void check_like_value(const char* name, const at::Tensor& tensor, const a
                              bool or_accumulation_type) {
   TORCH_CHECK_VALUE(tensor.device() == value.device(), "ms_deform_attn: ", name,
                     ": expected device ", value.device(), " as value has, got ", tensor.device());
-  TORCH_CHECK_VALUE(tensor.layout() == at::kStrided, "ms_deform_attn: ", name,
-                    ": expected a dense tensor, got layout ", tensor.layout());
   TORCH_CHECK_VALUE(
       tensor.scalar_type() == value.scalar_type() ||
           (or_accumulation_type && tensor.scalar_type() == accumulation_type(value)),
