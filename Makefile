@@ -9,6 +9,9 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null \
 	&& echo $$python && break; done)
 
+# Threads that wait do not spin: twice as fast or more where other work shares the cores.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 INSTALLED := $(VENV)/installed.stamp
 COMPILED := $(VENV)/compiled.stamp
 

@@ -122,8 +122,10 @@ def _data_set_classes(cfg: CfgNode) -> list[str] | None:
     """
     names = [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]
     if not any(name in DatasetCatalog and _classes(name) for name in names):
+        if cfg.DATASETS.TEST:
+            cfg.DATASETS.TRAIN = ()  # its files need not be here
         try:
-            register_datasets(cfg, for_training=False)
+            register_datasets(cfg)
         except UserError as error:
             if cfg.MODEL.DEFORMABLE_DETR.NUM_CLASSES:
                 return None
