@@ -1,0 +1,69 @@
+"""Tiny synthetic data and a tiny model for tests of the whole."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ddetr_d2.data.synthetic import make_synthetic
+
+ROOT = Path(__file__).parent.parent
+VARIANTS = [
+    "deformable_detr",
+    "deformable_detr_refine",
+    "deformable_detr_refine_two_stage",
+    "deformable_detr_single_scale",
+    "deformable_detr_single_scale_dc5",
+]
+
+# Overrides that make any of the configurations small and quick on a CPU.
+TINY = [
+    *("MODEL.DEVICE", "cpu"),
+    *("MODEL.WEIGHTS", ""),
+    *("MODEL.BACKBONE.FREEZE_AT", "0"),
+    *("MODEL.RESNETS.NORM", "BN"),
+    *("MODEL.RESNETS.STEM_OUT_CHANNELS", "16"),
+    *("MODEL.RESNETS.RES2_OUT_CHANNELS", "32"),
+    *("MODEL.RESNETS.WIDTH_PER_GROUP", "8"),
+    *("MODEL.DEFORMABLE_DETR.HIDDEN_DIM", "64"),
+    *("MODEL.DEFORMABLE_DETR.DIM_FEEDFORWARD", "128"),
+    *("MODEL.DEFORMABLE_DETR.ENC_LAYERS", "1"),
+    *("MODEL.DEFORMABLE_DETR.DEC_LAYERS", "2"),
+    *("MODEL.DEFORMABLE_DETR.NUM_QUERIES", "20"),
+    *("INPUT.MIN_SIZE_TRAIN", "(96,)"),
+    *("INPUT.MIN_SIZE_TEST", "96"),
+    *("INPUT.CROP.ENABLED", "False"),
+    *("DATALOADER.NUM_WORKERS", "0"),
+    *("SOLVER.IMS_PER_BATCH", "2"),
+]
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory) -> Path:
+    """Folder with a synthetic data set of 4 training and 2 validation images."""
+    folder = tmp_path_factory.mktemp("shapes")
+    make_synthetic(folder, train=4, val=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shapes_opts(shapes) -> list[str]:
+    """Options that train and evaluate on :func:`shapes`."""
+    declared = [[f"tiny_{s}", str(shapes / f"{s}.json"), str(shapes / s)] for s in ("train", "val")]
+    return [
+        *("DATASETS.COCO_FORMAT", repr(declared)),
+        *("DATASETS.TRAIN", "('tiny_train',)"),
+        *("DATASETS.TEST", "('tiny_val',)"),
+    ]
+
+
+@pytest.fixture
+def train_net():
+    """Run train_net.py with the given arguments; returns the finished process with its output."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(ROOT / "train_net.py"), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+    return run
