@@ -11,6 +11,11 @@ class UserError(ValueError):
     The message is one sentence or two for the user: the thing, its value and the remedy.
     """
 
+    def __init__(self, message: str) -> None:
+        # A data loader raises its worker's error again with the worker's traceback as the
+        # message; the user's part is what follows the error's name at the end of it.
+        super().__init__(message.rpartition(f"{__name__}.UserError: ")[2].rstrip())
+
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:

@@ -16,7 +16,7 @@ from ddetr_d2.errors import UserError
 _declared: dict[str, tuple[str, str]] = {}
 
 
-def register_datasets(cfg: CfgNode, *, for_training: bool = True) -> None:
+def register_datasets(cfg: CfgNode) -> None:
     """Register ``cfg.DATASETS.COCO_FORMAT`` and check the data sets that are going to be used.
 
     Data sets in COCO format, Detectron2's own ones among them, are checked file by file (see
@@ -25,52 +25,40 @@ def register_datasets(cfg: CfgNode, *, for_training: bool = True) -> None:
     that COCOEvaluator reads is not touched. Calling it again is harmless; a name declared again
     with other paths is replaced.
 
-    Args:
-        cfg: the configuration.
-        for_training: with False the training sets need not be there.
-
     Raises:
-        UserError: a declaration is malformed, a name is not registered, a data set cannot be
-            used, or two data sets have different classes.
+        UserError: no data set is named, a declaration is malformed, a name is not registered, a
+            data set cannot be used, or two data sets have different classes.
     """
     _register_declared(cfg.DATASETS.COCO_FORMAT)
     for key in ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
             if name not in DatasetCatalog:
                 raise UserError(f"DATASETS.{key} names {name!r}, {_not_registered(name)}")
-    train = tuple(cfg.DATASETS.TRAIN) if for_training else ()
-    test = tuple(cfg.DATASETS.TEST)
-    if for_training and not train:
-        raise UserError("DATASETS.TRAIN is empty: name a data set to train on")
-    if not for_training and not test:
-        raise UserError("DATASETS.TEST is empty: name a data set to evaluate on")
-
-    names = list(dict.fromkeys(train + test))
+    names = list(dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)))
+    if not names:
+        raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty: name a data set")
     for name in names:
-        metadata = MetadataCatalog.get(name)
         # Others (LVIS, Cityscapes, functions that somebody registered) are left as they are.
-        if metadata.get("evaluator_type") == "coco":
+        if MetadataCatalog.get(name).get("evaluator_type") == "coco":
             _check_and_wrap(
                 name,
-                training=name in train,
-                testing=name in test,
+                training=name in cfg.DATASETS.TRAIN,
+                testing=name in cfg.DATASETS.TEST,
                 max_objects=cfg.MODEL.DEFORMABLE_DETR.NUM_QUERIES,
             )
     _common_classes([name for name in names if MetadataCatalog.get(name).get("thing_classes")])
 
 
-def infer_num_classes(cfg: CfgNode, *, for_training: bool = True) -> int:
-    """The number of classes of the data sets, which :func:`register_datasets` has registered.
+def infer_num_classes(cfg: CfgNode) -> int:
+    """The number of classes of the training sets, or of the test sets if there are none.
 
-    Args:
-        cfg: the configuration.
-        for_training: of the training sets; with False, of the test sets.
+    :func:`register_datasets` comes first.
 
     Raises:
         UserError: ``cfg.MODEL.DEFORMABLE_DETR.NUM_CLASSES`` is given and contradicts it, or the
             data sets have different classes or no class names at all.
     """
-    names = cfg.DATASETS.TRAIN if for_training else cfg.DATASETS.TEST
+    names = cfg.DATASETS.TRAIN or cfg.DATASETS.TEST
     for name in names:
         if not MetadataCatalog.get(name).get("thing_classes"):
             DatasetCatalog.get(name)  # loading sets the class names, as a rule

@@ -103,5 +103,8 @@ class DetrDatasetMapper(DatasetMapper):
         if not self.is_train:
             record.pop("annotations", None)
         elif "annotations" in record:
+            for annotation in record["annotations"]:
+                # Detectron2's transforms round towards zero, step by step, what comes as integers.
+                annotation["bbox"] = [float(value) for value in annotation["bbox"]]
             self._transform_annotations(record, transforms, image.shape[:2])
         return record

@@ -92,7 +92,14 @@ def draw_image(
 
 
 def make_synthetic(
-    output: str | Path, train: int = 2000, val: int = 200, options: SyntheticOptions | None = None
+    output: str | Path,
+    train: int = 2000,
+    val: int = 200,
+    *,
+    seed: int = 0,
+    min_size: int = 160,
+    max_size: int = 224,
+    max_objects: int = 8,
 ) -> None:
     """Write ``train`` and ``val`` images with their COCO annotation files under ``output``.
 
@@ -100,10 +107,10 @@ def make_synthetic(
     leaves a split out.
 
     Raises:
-        UserError: a number is negative, or ``output`` cannot be written or has annotation files
-            that this program has not made.
+        UserError: a number is out of its range, or ``output`` cannot be written or has
+            annotation files that this program has not made.
     """
-    options = options or SyntheticOptions()
+    options = SyntheticOptions(seed, min_size, max_size, max_objects)
     output = Path(output)
     counts = dict(zip(_SPLITS, (train, val), strict=True))
     for split, count in counts.items():
@@ -419,8 +426,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program on ``arguments`` (default: those of the command line)."""
     args = _parser().parse_args(arguments)
     with exit_on_user_error():
-        options = SyntheticOptions(args.seed, *args.size, max_objects=args.max_objects)
-        make_synthetic(args.output, args.train, args.val, options)
+        make_synthetic(
+            args.output,
+            args.train,
+            args.val,
+            seed=args.seed,
+            min_size=args.size[0],
+            max_size=args.size[1],
+            max_objects=args.max_objects,
+        )
         print(f"synthetic data set: {Path(args.output).resolve()}")
 
 
