@@ -75,7 +75,7 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
         if image.mode != "I" or values.max() > 255:
             values = np.clip(values // 257, 0, 255)
         return Image.fromarray(values.astype(np.uint8))
-    if image.has_transparency_data:
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
