@@ -3,6 +3,7 @@
 Environment variables:
     DDETR_D2_NO_EXTENSION=1  build nothing; the operator's plain PyTorch form is used
     FORCE_CUDA=1             build the CUDA kernels although no GPU is found here
+    CUDA_HOME                where the CUDA toolkit is
     TORCH_CUDA_ARCH_LIST     GPU architectures to build for, such as "8.0;9.0"
     MAX_JOBS                 compilers to run at once
 """
@@ -62,7 +63,19 @@ def why_no_cuda() -> str | None:
     return None
 
 
+def correct_cuda_home() -> None:
+    """Mend torch's guess, the folder above the nvcc on the PATH: that may be a mere wrapper."""
+    nvcc, usual = shutil.which("nvcc"), Path("/usr/local/cuda")
+    if nvcc is None or not usual.exists():
+        return
+    guess = Path(nvcc).parents[1]
+    header = "include/cuda_runtime.h"
+    if not (any(guess.glob(header)) or any(guess.glob(f"targets/*/{header}"))):
+        os.environ.setdefault("CUDA_HOME", str(usual))
+
+
 def extension():
+    correct_cuda_home()  # Before torch looks at it.
     try:
         import torch
         from torch.utils.cpp_extension import CppExtension, CUDAExtension
