@@ -21,6 +21,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = setup_cfg(args.config_file, args.opts)
     if args.eval_only:
         cfg.DATASETS.TRAIN = ()  # evaluation needs none of its files
+    elif not cfg.DATASETS.TRAIN:
+        raise UserError("DATASETS.TRAIN is empty: name a data set, or give --eval-only.")
     register_datasets(cfg)
     cfg.MODEL.DEFORMABLE_DETR.NUM_CLASSES = infer_num_classes(cfg)
     cfg.freeze()

@@ -180,7 +180,10 @@ def other_classes(shapes, folder):
         annotation["category_id"] = 1 + annotation["category_id"] % 2
     (folder / "other.json").write_text(json.dumps(content))
     return [
-        *("DATASETS.COCO_FORMAT", repr([["other", str(folder / "other.json"), str(shapes / "val")]])),
+        *(
+            "DATASETS.COCO_FORMAT",
+            repr([["other", str(folder / "other.json"), str(shapes / "val")]]),
+        ),
         *("DATASETS.TRAIN", "('other',)"),
         *("DATASETS.TEST", "('other',)"),
     ]

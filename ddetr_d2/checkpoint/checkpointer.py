@@ -85,7 +85,9 @@ class DetrCheckpointer(DetectionCheckpointer):
         missing = list(incompatible.missing_keys)
         wrong = {name: shapes for name, *shapes in incompatible.incorrect_shapes}
         parameters = {name for name, _ in self.model.named_parameters()}
-        whole = any(name.startswith(("transformer.", "module.transformer.")) for name in names_in_file)
+        whole = any(
+            name.startswith(("transformer.", "module.transformer.")) for name in names_in_file
+        )
         if whole or self.strict:
             missing = [name for name in missing if name not in wrong and name in parameters]
         else:

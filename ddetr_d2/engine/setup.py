@@ -53,7 +53,9 @@ def _read_yaml(path: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"config file {path} is no valid YAML: {_text(error)}") from error
     except FileNotFoundError as error:
-        raise UserError(f"config file {path}: its _BASE_ {error.filename} does not exist.") from error
+        raise UserError(
+            f"config file {path}: its _BASE_ {error.filename} does not exist."
+        ) from error
     except (AttributeError, TypeError, AssertionError, UnicodeDecodeError) as error:
         raise UserError(
             f"config file {path} is no Detectron2 configuration: expected nested KEY: value pairs."

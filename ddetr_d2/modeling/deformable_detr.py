@@ -7,6 +7,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
+from ..layers.deform_conv import provide_deform_conv
 from .criterion import SetCriterion
 from .feature_levels import FeatureProjection
 from .heads import DetectionHead, Predictions
@@ -73,6 +74,7 @@ class DeformableDETR(nn.Module):
                 "MODEL.DEFORMABLE_DETR.NUM_CLASSES is not set; give it, or let "
                 "ddetr_d2.engine.setup_cfg take it from the training set"
             )
+        provide_deform_conv()
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
         size = TransformerSize(
@@ -192,9 +194,7 @@ class DeformableDETR(nn.Module):
         boxes = predictions.boxes.gather(1, queries[..., None].expand(-1, -1, 4))
         boxes = box_convert(boxes, "cxcywh", "xyxy")
         results = []
-        for index, (inputs, image_size) in enumerate(
-            zip(batched_inputs, image_sizes, strict=True)
-        ):
+        for index, (inputs, image_size) in enumerate(zip(batched_inputs, image_sizes, strict=True)):
             height = inputs.get("height", image_size[0])
             width = inputs.get("width", image_size[1])
             result = Instances((height, width))

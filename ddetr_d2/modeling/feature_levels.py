@@ -79,14 +79,12 @@ class FeatureProjection(nn.Module):
             image_mask: (N, H, W) bool, True on the padding of the images.
         """
         tokens, positions, masks, shapes, valid_ratios = [], [], [], [], []
+        coarsest = features[-1]
         for level, projection in enumerate(self.input_proj):
             if level < len(features):
-                source = features[level]
-            elif level == len(features):
-                source = features[-1]
+                feature = projection(features[level])
             else:
-                source = feature
-            feature = projection(source)
+                feature = coarsest = projection(coarsest)
             height, width = feature.shape[-2:]
             mask = F.interpolate(image_mask[:, None].float(), size=(height, width))[:, 0].bool()
             position = sine_position_embedding(mask, feature.shape[1])

@@ -95,14 +95,10 @@ class HungarianMatcher(nn.Module):
         """Cost (Q, T) of every pair in one image."""
         probability = logits.float()[:, target.labels].sigmoid()
         positive = (
-            self.focal_alpha
-            * (1 - probability) ** self.focal_gamma
-            * -(probability + 1e-8).log()
+            self.focal_alpha * (1 - probability) ** self.focal_gamma * -(probability + 1e-8).log()
         )
         negative = (
-            (1 - self.focal_alpha)
-            * probability**self.focal_gamma
-            * -(1 - probability + 1e-8).log()
+            (1 - self.focal_alpha) * probability**self.focal_gamma * -(1 - probability + 1e-8).log()
         )
         return (
             self.class_weight * (positive - negative)

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from ..layers import MSDeformAttn
@@ -61,9 +60,7 @@ class DeformableTransformerEncoderLayer(nn.Module):
 
     def __init__(self, size: TransformerSize, num_points: int):
         super().__init__()
-        self.self_attn = MSDeformAttn(
-            size.hidden_dim, size.num_heads, size.num_levels, num_points
-        )
+        self.self_attn = MSDeformAttn(size.hidden_dim, size.num_heads, size.num_levels, num_points)
         self.norm1 = nn.LayerNorm(size.hidden_dim)
         self.dropout = nn.Dropout(size.dropout)
         self.ffn = FeedForward(size)
@@ -113,9 +110,7 @@ class DeformableTransformerDecoderLayer(nn.Module):
             size.hidden_dim, size.num_heads, dropout=size.dropout, batch_first=True
         )
         self.norm2 = nn.LayerNorm(size.hidden_dim)
-        self.cross_attn = MSDeformAttn(
-            size.hidden_dim, size.num_heads, size.num_levels, num_points
-        )
+        self.cross_attn = MSDeformAttn(size.hidden_dim, size.num_heads, size.num_levels, num_points)
         self.norm1 = nn.LayerNorm(size.hidden_dim)
         self.dropout = nn.Dropout(size.dropout)
         self.ffn = FeedForward(size)
@@ -174,9 +169,7 @@ class DeformableTransformerDecoder(nn.Module):
         self.heads = nn.ModuleList(heads)
         self.refines_boxes = len(heads) == num_layers
 
-    def forward(
-        self, queries: Queries, memory: Tensor, levels: FeatureLevels
-    ) -> list[Predictions]:
+    def forward(self, queries: Queries, memory: Tensor, levels: FeatureLevels) -> list[Predictions]:
         """Return the predictions of every layer, the final ones last."""
         content = queries.content
         reference = queries.reference

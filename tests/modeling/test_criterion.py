@@ -46,7 +46,9 @@ def test_every_layer_and_the_proposals():
     assert len(losses) == 3 * 4
 
     background = [Target(torch.zeros_like(t.labels), t.boxes) for t in targets]
-    cases = [(layer, targets, suffix) for layer, suffix in zip(layers, ("_0", "_1", ""), strict=True)]
+    cases = [
+        (layer, targets, suffix) for layer, suffix in zip(layers, ("_0", "_1", ""), strict=True)
+    ]
     for prediction, wanted, suffix in [*cases, (proposals, background, "_enc")]:
         (matches,) = matcher([prediction], wanted)
         starts = (0, len(targets[0].labels))

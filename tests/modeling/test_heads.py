@@ -26,4 +26,6 @@ def test_initial_predictions():
 
     head = DetectionHead(hidden_dim=32, num_classes=7)
     reference = torch.tensor([[[0.2, 0.7, 0.1, 0.3]]])
-    torch.testing.assert_close(head(torch.randn(1, 1, 32), inverse_sigmoid(reference)).boxes, reference)
+    torch.testing.assert_close(
+        head(torch.randn(1, 1, 32), inverse_sigmoid(reference)).boxes, reference
+    )

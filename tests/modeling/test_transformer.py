@@ -16,9 +16,7 @@ from ddetr_d2.modeling.transformer import (
     TransformerSize,
 )
 
-SIZE = TransformerSize(
-    hidden_dim=32, num_heads=4, num_levels=2, dim_feedforward=64, dropout=0.1
-)
+SIZE = TransformerSize(hidden_dim=32, num_heads=4, num_levels=2, dim_feedforward=64, dropout=0.1)
 
 
 def make_levels(shapes, valid, seed=0):
@@ -130,5 +128,9 @@ def test_sine_embedding_of_a_box():
     for coordinate in range(4):
         for i in range(8):
             angle = box[coordinate].item() * 2 * math.pi / 10000 ** (2 * i / 16)
-            assert embedding[coordinate * 16 + 2 * i].item() == pytest.approx(math.sin(angle), abs=1e-5)
-            assert embedding[coordinate * 16 + 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-5)
+            assert embedding[coordinate * 16 + 2 * i].item() == pytest.approx(
+                math.sin(angle), abs=1e-5
+            )
+            assert embedding[coordinate * 16 + 2 * i + 1].item() == pytest.approx(
+                math.cos(angle), abs=1e-5
+            )
