@@ -56,8 +56,9 @@ class DeformableDETR(nn.Module):
             aux_loss: losses on the earlier decoder layers as well.
         """
         super().__init__()
-        self.backbone = backbone
-        self.projection = projection
+        # Convolutions are faster with channels last, and tokens are made of it without a copy.
+        self.backbone = backbone.to(memory_format=torch.channels_last)
+        self.projection = projection.to(memory_format=torch.channels_last)
         self.transformer = transformer
         self.criterion = criterion
         self.in_features = in_features
@@ -145,7 +146,7 @@ class DeformableDETR(nn.Module):
             ``pred_boxes`` in pixels of the output, ``scores`` and ``pred_classes``.
         """
         images = self.preprocess_image(batched_inputs)
-        features = self.backbone(images.tensor)
+        features = self.backbone(images.tensor.contiguous(memory_format=torch.channels_last))
         levels = self.projection(
             [features[name] for name in self.in_features], self._padding_mask(images)
         )

@@ -1,0 +1,83 @@
+#!/usr/bin/env python
+"""Draw the loss and the AP of a training run over time, from the metrics.json it writes."""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display needed
+import matplotlib.pyplot as plt
+
+from ddetr_d2.errors import UserError, exit_on_user_error
+
+AP_KEYS = {"bbox/AP": "AP", "bbox/AP50": "AP50", "bbox/AP75": "AP75"}
+
+
+def read_metrics(folder: str) -> list[dict[str, float]]:
+    """Lines of ``folder``/metrics.json with ``minutes`` of training added to each.
+
+    A run that was resumed repeats iterations; the later line counts.
+
+    Raises:
+        UserError: if there is no such file or it holds no training metrics.
+    """
+    path = os.path.join(folder, "metrics.json")
+    try:
+        with open(path) as file:
+            lines = [json.loads(line) for line in file if line.strip()]
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; give the OUTPUT_DIR of a training run.") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is no file of training metrics: {error}") from error
+    by_iteration = {line["iteration"]: line for line in lines if "iteration" in line}
+    metrics = [by_iteration[iteration] for iteration in sorted(by_iteration)]
+    if not any("total_loss" in line for line in metrics):
+        raise UserError(f"{path} holds no losses yet; wait for the run's first 20 iterations.")
+    minutes, last, seconds = 0.0, -1, 0.0
+    for line in metrics:
+        seconds = line.get("time", seconds)  # of one iteration
+        minutes += (line["iteration"] - last) * seconds / 60
+        last = line["iteration"]
+        line["minutes"] = minutes
+    return metrics
+
+
+def plot(metrics: list[dict[str, float]], output: str) -> None:
+    """Draw loss (left) and AP (right) over minutes of training into the file ``output``."""
+    figure, (loss_axes, ap_axes) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    points = [(line["minutes"], line["total_loss"]) for line in metrics if "total_loss" in line]
+    loss_axes.plot(*zip(*points, strict=True), color="tab:gray")
+    loss_axes.set_ylabel("total loss")
+    loss_axes.set_ylim(bottom=0)
+    for key, label in AP_KEYS.items():
+        points = [(line["minutes"], line[key]) for line in metrics if key in line]
+        if points:
+            ap_axes.plot(*zip(*points, strict=True), marker="o", label=label)
+    ap_axes.set_ylabel("AP (COCO), %")
+    ap_axes.set_ylim(0, 100)
+    if ap_axes.lines:
+        ap_axes.legend(loc="lower right")
+    for axes in (loss_axes, ap_axes):
+        axes.set_xlabel("minutes of training")
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.3)
+    figure.savefig(output, dpi=100)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", help="OUTPUT_DIR of the run")
+    parser.add_argument("--output", help="picture to write (default: training.png in the folder)")
+    args = parser.parse_args(arguments)
+    output = args.output or os.path.join(args.folder, "training.png")
+    plot(read_metrics(args.folder), output)
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()
