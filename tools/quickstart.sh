@@ -46,11 +46,14 @@ mkdir -p "$out/drawings"
 run "$python" demo/demo.py --config-file "$config" --input "$out/data/val/00000?.jpg" \
     --output "$out/drawings" --opts MODEL.WEIGHTS "$weights"
 
+run "$python" tools/plot_training.py "$out"
+
 step "Done: AP on the held-out images"
 awk '/Evaluation results for bbox/ { found = 1 } found && /^\|/ && n++ < 3' "$out/evaluation.txt"
 cat <<END
 
 Drawings:  $PWD/$out/drawings
+Curves:    $PWD/$out/training.png
 Weights:   $PWD/$weights
 
 Train on your own data, in COCO format (the number of classes is taken from it):

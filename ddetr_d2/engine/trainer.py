@@ -79,6 +79,8 @@ class Trainer(DefaultTrainer):
             lr_factor_func=lr_factor,
         )
         kwargs = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
+        # A fused step unscales gradients itself under AMP, that is, after they are clipped.
+        kwargs["fused"] = not solver.AMP.ENABLED
         if solver.OPTIMIZER == "SGD":
             kwargs |= {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
         optimizer = OPTIMIZERS[solver.OPTIMIZER](parameters, **kwargs)
