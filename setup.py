@@ -86,8 +86,9 @@ def extension():
         ) from None
 
     sources = sorted(CSRC.glob("*.cpp")) + sorted(CSRC.glob("cpu/*.cpp"))
-    # -fopenmp-simd: `omp simd` lets the compiler reorder a sum over channels; no OpenMP library.
-    compile_args = {"cxx": ["-O3", "-fopenmp-simd"], "nvcc": ["-O3"]}
+    # at::parallel_for is a header: without OpenMP it is a plain loop on one thread. torch brings
+    # the library.
+    compile_args = {"cxx": ["-O3", "-fopenmp"], "nvcc": ["-O3"]}
     extension_class = CppExtension
     reason = why_no_cuda()
     if reason is None:
@@ -103,6 +104,7 @@ def extension():
         [str(source) for source in sources],
         depends=[str(header) for header in sorted(CSRC.glob("*.h"))],
         extra_compile_args=compile_args,
+        extra_link_args=["-fopenmp"],
     )
 
 

@@ -18,6 +18,10 @@ from ddetr_d2.errors import UserError, exit_on_user_error
 
 def setup(args: argparse.Namespace) -> CfgNode:
     """Configuration, data sets and logging of this run."""
+    if not args.config_file:
+        raise UserError(
+            "--config-file is missing; give one, such as configs/deformable_detr.yaml."
+        )
     cfg = setup_cfg(args.config_file, args.opts)
     if args.eval_only:
         cfg.DATASETS.TRAIN = ()  # evaluation needs none of its files
@@ -59,6 +63,10 @@ def check_devices(args: argparse.Namespace) -> None:
             f"--num-gpus {args.num_gpus}, but this machine has {present} usable GPUs; "
             f"give --num-gpus {max(present, 1)}."
         )
+    if args.num_machines > 1 and not present:
+        raise UserError(f"--num-machines {args.num_machines} needs GPUs, but none is usable here.")
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise UserError("--dist-url auto is for one machine; give tcp://HOST:PORT of the first.")
 
 
 if __name__ == "__main__":

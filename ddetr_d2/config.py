@@ -33,8 +33,6 @@ def add_deformable_detr_config(cfg: CN) -> None:
     node.WITH_BOX_REFINE = False
     # Queries from the encoder's proposals instead of learned ones.
     node.TWO_STAGE = False
-    # Losses on the earlier decoder layers as well.
-    node.AUX_LOSS = True
     # Weights of the terms, in the loss and in the matching cost alike.
     node.CLASS_WEIGHT = 2.0
     node.L1_WEIGHT = 5.0

@@ -1,8 +1,9 @@
 """Errors that a user can cause and mend, and how the programs report them."""
 
 import contextlib
+import difflib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -29,3 +30,10 @@ def exit_on_user_error() -> Iterator[None]:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """``"; did you mean ...?"`` with the one of ``words`` most like ``word``, or nothing."""
+    by_folded = {w.lower(): w for w in words}
+    found = difflib.get_close_matches(word.lower(), list(by_folded), n=1, cutoff=0.5)
+    return f"; did you mean {by_folded[found[0]]}?" if found else ""

@@ -133,7 +133,8 @@ def _data_set_classes(cfg: CfgNode) -> list[str] | None:
                 f"{cfg.MODEL.WEIGHTS} does not name its classes, and neither do the data sets of "
                 f"the configuration ({error}); give --opts MODEL.DEFORMABLE_DETR.NUM_CLASSES."
             ) from error
-    return next((_classes(name) for name in names if name in DatasetCatalog), None)
+    known = (_classes(name) for name in names if name in DatasetCatalog)
+    return next((classes for classes in known if classes), None)
 
 
 def _classes(dataset: str) -> list[str] | None:

@@ -209,7 +209,7 @@ def test_image_cut_short_during_training_loses_no_work(
     damaged.write_bytes(damaged.read_bytes()[:200])
     opts = [option.replace(str(shapes), str(folder)) for option in shapes_opts]
     run = train_net(
-        *config("deformable_detr"), *TINY, *opts, "OUTPUT_DIR", str(tmp_path / "out"), "SEED", "4",
+        *config("deformable_detr"), *TINY, *opts, "OUTPUT_DIR", str(tmp_path / "out"), "SEED", "2",
         "SOLVER.IMS_PER_BATCH", "1", "DATALOADER.NUM_WORKERS", workers,
     )  # fmt: skip
     assert_user_error(run, damaged.name)

@@ -30,11 +30,13 @@ step "Synthetic images: 2000 to train on, 200 held out"
 run "$python" -m ddetr_d2.data.synthetic --output "$out/data" --train 2000 --val 200
 
 step "Training"
-if [ -f "$weights" ]; then
+if [ "$weights" -nt "$config" ]; then
     echo "$weights is there already"
 else
-    # --resume: goes on where an interrupted run stopped, if there was one
-    run "$python" train_net.py --config-file "$config" --resume "${options[@]}"
+    resume=()
+    # goes on where an interrupted run of the same configuration stopped
+    if [ "$out/last_checkpoint" -nt "$config" ]; then resume=(--resume); fi
+    run "$python" train_net.py --config-file "$config" "${resume[@]}" "${options[@]}"
 fi
 
 step "Evaluation on the 200 held-out images"

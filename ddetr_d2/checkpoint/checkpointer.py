@@ -14,6 +14,20 @@ from ..errors import UserError
 
 # Parameters whose shape follows the number of classes.
 _CLASS_HEAD = "class_embed"
+# Parts of a backbone that ImageNet weights do not have.
+_BEYOND_IMAGENET = ("conv2_offset", "fpn_", "top_block", "num_batches_tracked")
+# What reading a damaged or foreign file raises.
+_DAMAGED = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    pickle.UnpicklingError,
+)
 
 
 class DetrCheckpointer(DetectionCheckpointer):
@@ -69,7 +83,7 @@ class DetrCheckpointer(DetectionCheckpointer):
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
             loaded = super()._load_file(filename)
-        except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        except _DAMAGED as error:
             raise _damaged(self._source, error) from error
         weights = loaded.get("model")
         if not isinstance(weights, dict) or not any(hasattr(x, "shape") for x in weights.values()):
@@ -84,15 +98,16 @@ class DetrCheckpointer(DetectionCheckpointer):
         incompatible = super()._load_model(checkpoint)
         missing = list(incompatible.missing_keys)
         wrong = {name: shapes for name, *shapes in incompatible.incorrect_shapes}
-        parameters = {name for name, _ in self.model.named_parameters()}
-        whole = any(
-            name.startswith(("transformer.", "module.transformer.")) for name in names_in_file
-        )
-        if whole or self.strict:
-            missing = [name for name in missing if name not in wrong and name in parameters]
+        missing = [name for name in missing if name not in wrong]
+        if self.strict or any(name.startswith("transformer.") for name in names_in_file):
+            parameters = {name for name, _ in self.model.named_parameters()}
+            missing = [name for name in missing if name in parameters]
         else:
-            backbone = {name for name in parameters if name.startswith("backbone.")}
-            missing = [] if backbone - set(missing) - set(wrong) else sorted(backbone)
+            missing = [
+                name
+                for name in missing
+                if name.startswith("backbone.") and not any(x in name for x in _BEYOND_IMAGENET)
+            ]
         if not self.strict:
             classes = [name for name in wrong if _CLASS_HEAD in name]
             if classes and len(classes) == len(wrong):
@@ -122,15 +137,19 @@ class DetrCheckpointer(DetectionCheckpointer):
 
 
 def _damaged(path: str, error: Exception) -> UserError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower():
+        reason = "it holds other Python objects than tensors and plain values"
+    else:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     return UserError(
-        f"{path} cannot be read as weights ({reason[:200]}); the file is damaged or of another "
-        "kind. Copy or download it again."
+        f"{path} cannot be read as weights ({reason}); the file is damaged or of another kind. "
+        "Copy or download it again."
     )
 
 
 def _local_path(path: str) -> str:
     """Path of the file on this machine, after a download where it is a URL."""
+    path = path.partition("?")[0]  # Detectron2 takes options such as ?matching_heuristics=True
     try:
         local = PathManager.get_local_path(path)
     except Exception as error:  # downloads fail in as many ways as there are URLs
@@ -150,7 +169,7 @@ def read_class_names(path: str) -> list[str] | None:
     if not local.endswith(".pth"):
         return None
     try:
-        checkpoint = torch.load(local, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        checkpoint = torch.load(local, map_location="cpu", weights_only=True)
+        return checkpoint.get("class_names")
+    except _DAMAGED as error:
         raise _damaged(path, error) from error
-    return checkpoint.get("class_names")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from detectron2.utils.file_io import PathManager
 
-from ddetr_d2.errors import UserError
+from ..errors import UserError
 
 logger = logging.getLogger(__name__)
 

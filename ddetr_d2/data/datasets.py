@@ -1,6 +1,5 @@
 """Data sets out of the configuration, checked and registered in Detectron2's catalogues."""
 
-import difflib
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -9,8 +8,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from ddetr_d2.data.coco_file import CocoSource, check_coco_file, is_usable_box
-from ddetr_d2.errors import UserError
+from ..errors import UserError, nearest
+from .coco_file import CocoSource, check_coco_file, is_usable_box
 
 # What DATASETS.COCO_FORMAT has registered: annotation file and image folder by name.
 _declared: dict[str, tuple[str, str]] = {}
@@ -108,9 +107,10 @@ def _register_declared(declarations: Sequence) -> None:
 
 
 def _not_registered(name: str) -> str:
-    near = difflib.get_close_matches(name, DatasetCatalog, n=1)
-    suggestion = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"which is not a known data set{suggestion}: declare it in DATASETS.COCO_FORMAT"
+    return (
+        "which is not a known data set: declare it in DATASETS.COCO_FORMAT"
+        f"{nearest(name, DatasetCatalog) or '.'}"
+    )
 
 
 def _check_and_wrap(name: str, training: bool, testing: bool, max_objects: int) -> None:

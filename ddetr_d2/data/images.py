@@ -9,7 +9,7 @@ from detectron2.data.detection_utils import _apply_exif_orientation, convert_PIL
 from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
 
-from ddetr_d2.errors import UserError
+from ..errors import UserError
 
 # What Pillow raises on damaged files, depending on their kind.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)

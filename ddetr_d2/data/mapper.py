@@ -8,8 +8,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 
-from ddetr_d2.data.images import check_image_size, read_image
-from ddetr_d2.errors import UserError
+from ..errors import UserError
+from .images import check_image_size, read_image
 
 _FLIPS = ("horizontal", "vertical", "none")
 # The resize before a crop enlarges without a limit for the longest side; this one, times the

@@ -20,12 +20,12 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from ddetr_d2.errors import UserError, exit_on_user_error
+from ..errors import UserError, exit_on_user_error
 
 CLASSES = ("circle", "square", "triangle", "star", "ring", "cross")
 
 _DESCRIPTION = "ddetr_d2 synthetic shapes"
-_VERSION = 1  # to be raised when the same options draw other images
+_VERSION = 2  # to be raised when the same options draw other images
 _SPLITS = ("train", "val")
 _SUPERSAMPLING = 4
 # Sides of an object's box in pixels, about COCO's small, medium and large, and how often each is.

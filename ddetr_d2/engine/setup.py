@@ -1,15 +1,15 @@
 """From a configuration file and ``KEY VALUE`` pairs to a configuration."""
 
-import difflib
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from ..config import add_deformable_detr_config
-from ..errors import UserError
+from ..errors import UserError, nearest
 
 
 def setup_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
@@ -28,7 +28,7 @@ def setup_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         _check_keys(_read_yaml(config_file), cfg, config_file)
         try:
             cfg.merge_from_file(config_file)
-        except (AssertionError, KeyError, ValueError) as error:
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{config_file}: {_text(error)}") from error
     _merge_options(cfg, list(opts))
     if cfg.MODEL.META_ARCHITECTURE != "DeformableDETR":
@@ -36,18 +36,25 @@ def setup_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}; this program runs "
             "'DeformableDETR'. Start from a file in configs/."
         )
+    _check_device(cfg.MODEL.DEVICE)
     return cfg
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"MODEL.DEVICE is {name!r}; expected 'cuda' or 'cpu'.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"MODEL.DEVICE is {name!r}, but no usable GPU is here; set it to cpu.")
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
     if not os.path.isfile(path):
         folder = os.path.dirname(path) or "."
         present = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-        hint = nearest(os.path.basename(path), [name for name in present if name.endswith(".yaml")])
-        raise UserError(
-            f"config file {path} does not exist"
-            + (f"; did you mean {os.path.join(folder, hint)}?" if hint else ".")
-        )
+        files = [os.path.join(folder, name) for name in present if name.endswith(".yaml")]
+        raise UserError(f"config file {path} does not exist{nearest(path, files) or '.'}")
     try:
         content = CfgNode.load_yaml_with_base(path)
     except yaml.YAMLError as error:
@@ -56,7 +63,13 @@ def _read_yaml(path: str) -> dict[str, Any]:
         raise UserError(
             f"config file {path}: its _BASE_ {error.filename} does not exist."
         ) from error
-    except (AttributeError, TypeError, AssertionError, UnicodeDecodeError) as error:
+    except (
+        AttributeError,
+        TypeError,
+        AssertionError,
+        UnicodeDecodeError,
+        RecursionError,
+    ) as error:
         raise UserError(
             f"config file {path} is no Detectron2 configuration: expected nested KEY: value pairs."
         ) from error
@@ -98,17 +111,7 @@ def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _unknown_key(key: str, cfg: CfgNode, source: str) -> str:
-    hint = nearest(key, list(_leaves(cfg)))
-    return f"unknown configuration key {key} in {source}" + (
-        f"; did you mean {hint}?" if hint else "."
-    )
-
-
-def nearest(word: str, words: Sequence[str]) -> str | None:
-    """The one of ``words`` most like ``word``, if any is much like it."""
-    by_folded = {w.lower(): w for w in words}
-    found = difflib.get_close_matches(word.lower(), list(by_folded), n=1, cutoff=0.5)
-    return by_folded[found[0]] if found else None
+    return f"unknown configuration key {key} in {source}{nearest(key, _leaves(cfg)) or '.'}"
 
 
 def _text(error: Exception) -> str:

@@ -79,8 +79,8 @@ class Trainer(DefaultTrainer):
             lr_factor_func=lr_factor,
         )
         kwargs = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
-        # A fused step unscales gradients itself under AMP, that is, after they are clipped.
-        kwargs["fused"] = not solver.AMP.ENABLED
+        if not solver.AMP.ENABLED:  # there, a fused step would unscale gradients after the clipping
+            kwargs["fused"] = True
         if solver.OPTIMIZER == "SGD":
             kwargs |= {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
         optimizer = OPTIMIZERS[solver.OPTIMIZER](parameters, **kwargs)
@@ -114,16 +114,26 @@ class Trainer(DefaultTrainer):
         return COCOEvaluator(dataset_name, tasks=("bbox",), output_dir=folder)
 
     def run_step(self) -> None:
+        self._step_is_done = False
         with torch.autocast("cpu", torch.bfloat16, enabled=self._cpu_amp):
             super().run_step()
+        self._step_is_done = True
 
     def train(self):
         """Train; a run that a user's mistake or Ctrl-C ends keeps its work in a checkpoint."""
+        self._step_is_done = False
+        # Detectron2 logs every exception with its traceback; a user's mistake needs none.
+        logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_user_error)
         try:
             return super().train()
         except (UserError, KeyboardInterrupt):
-            if self.iter > self.start_iter:
-                self.iter -= 1  # the iteration that failed is to be done again
-                self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
+            done = self.iter if self._step_is_done else self.iter - 1
+            if done >= self.start_iter:
+                self.iter = done
+                self.checkpointer.save(f"model_{done:07d}", iteration=done)
                 logging.getLogger(__name__).info("Stopped; continue with --resume.")
             raise
+
+
+def _is_no_user_error(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], UserError))

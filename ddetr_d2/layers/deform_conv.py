@@ -1,13 +1,14 @@
-"""Deformable convolution for Detectron2's ResNets, where Detectron2 was not compiled.
+"""Deformable convolution for Detectron2's ResNets, on any device.
 
-Detectron2's own modules need ``detectron2._C`` and mostly a GPU. These have the same arguments and
-parameter names, so checkpoints fit, and run through :func:`torchvision.ops.deform_conv2d` on any
-device. Both use the same layout of offsets: per deformable group and kernel point a (y, x) pair.
+Detectron2's own modules need ``detectron2._C``, a GPU and channels first. These have the same
+arguments and parameter names, so checkpoints fit, and run through
+:func:`torchvision.ops.deform_conv2d` on any device. Both use the same layout of offsets: per
+deformable group and kernel point a (y, x) pair.
 """
 
 from detectron2.layers import Conv2d
 from detectron2.modeling.backbone import resnet
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.ops import deform_conv2d
 
 
@@ -58,11 +59,9 @@ class ModulatedDeformConv(DeformConv):
 
 
 def provide_deform_conv() -> None:
-    """Let Detectron2's ResNets be built with deformable convolutions if they cannot be already.
+    """Let Detectron2's ResNets be built with these modules in place of its own.
 
-    To be called before a backbone is built. Does nothing where Detectron2's compiled modules exist.
+    To be called before a backbone is built.
     """
-    for name, module in (("DeformConv", DeformConv), ("ModulatedDeformConv", ModulatedDeformConv)):
-        found = getattr(resnet, name)
-        if not issubclass(found, nn.Module):  # Detectron2's placeholder, which only raises
-            setattr(resnet, name, module)
+    resnet.DeformConv = DeformConv
+    resnet.ModulatedDeformConv = ModulatedDeformConv

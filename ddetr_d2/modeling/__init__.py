@@ -1,5 +1,6 @@
 """The model: backbone features, deformable transformer, heads, matching and loss."""
 
+from . import backbone  # noqa: F401  registers the backbones
 from .deformable_detr import DeformableDETR
 
 __all__ = ["DeformableDETR"]

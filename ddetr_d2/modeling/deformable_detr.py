@@ -2,12 +2,13 @@
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from ..layers.deform_conv import provide_deform_conv
+from ..errors import UserError
+from .backbone import build_detr_backbone
 from .criterion import SetCriterion
 from .feature_levels import FeatureProjection
 from .heads import DetectionHead, Predictions
@@ -41,7 +42,6 @@ class DeformableDETR(nn.Module):
         pixel_mean: list[float],
         pixel_std: list[float],
         num_detections: int = 100,
-        aux_loss: bool = True,
     ):
         """
         Args:
@@ -53,7 +53,6 @@ class DeformableDETR(nn.Module):
             pixel_mean: mean of each channel, subtracted from the input.
             pixel_std: standard deviation of each channel, the input is divided by.
             num_detections: detections kept per image.
-            aux_loss: losses on the earlier decoder layers as well.
         """
         super().__init__()
         # Convolutions are faster with channels last, and tokens are made of it without a copy.
@@ -63,7 +62,6 @@ class DeformableDETR(nn.Module):
         self.criterion = criterion
         self.in_features = in_features
         self.num_detections = num_detections
-        self.aux_loss = aux_loss
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
 
@@ -75,9 +73,9 @@ class DeformableDETR(nn.Module):
                 "MODEL.DEFORMABLE_DETR.NUM_CLASSES is not set; give it, or let "
                 "ddetr_d2.engine.setup_cfg take it from the training set"
             )
-        provide_deform_conv()
-        backbone = build_backbone(cfg)
+        backbone = build_detr_backbone(cfg)
         shapes = backbone.output_shape()
+        _check(node, list(shapes))
         size = TransformerSize(
             hidden_dim=node.HIDDEN_DIM,
             num_heads=node.NUM_HEADS,
@@ -126,7 +124,6 @@ class DeformableDETR(nn.Module):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "num_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
-            "aux_loss": node.AUX_LOSS,
         }
 
     @property
@@ -153,7 +150,7 @@ class DeformableDETR(nn.Module):
         layers, proposals = self.transformer(levels)
         if self.training:
             targets = [self._target(x["instances"].to(self.device)) for x in batched_inputs]
-            return self.criterion(layers if self.aux_loss else layers[-1:], proposals, targets)
+            return self.criterion(layers, proposals, targets)
         return self.postprocess(layers[-1], batched_inputs, images.image_sizes)
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
@@ -161,7 +158,11 @@ class DeformableDETR(nn.Module):
         images = [
             (x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs
         ]
-        return ImageList.from_tensors(images, self.backbone.size_divisibility)
+        return ImageList.from_tensors(
+            images,
+            self.backbone.size_divisibility,
+            padding_constraints=self.backbone.padding_constraints,
+        )
 
     @staticmethod
     def _padding_mask(images: ImageList) -> Tensor:
@@ -205,3 +206,25 @@ class DeformableDETR(nn.Module):
             result.pred_classes = pairs[index] % num_classes
             results.append({"instances": result})
         return results
+
+
+def _check(node: CfgNode, features: list[str]) -> None:
+    """Refuse sizes under MODEL.DEFORMABLE_DETR that do not go together."""
+    prefix = "MODEL.DEFORMABLE_DETR."
+    absent = [name for name in node.IN_FEATURES if name not in features]
+    if absent:
+        raise UserError(
+            f"{prefix}IN_FEATURES names {', '.join(absent)}, but the backbone gives "
+            f"{', '.join(features)}; see MODEL.RESNETS.OUT_FEATURES."
+        )
+    if not 1 <= len(node.IN_FEATURES) <= node.NUM_FEATURE_LEVELS:
+        raise UserError(
+            f"{prefix}NUM_FEATURE_LEVELS is {node.NUM_FEATURE_LEVELS}, but there are "
+            f"{len(node.IN_FEATURES)} IN_FEATURES; give at least one feature and as many levels."
+        )
+    for divisor, reason in ((32, "groups of the normalisation"), (node.NUM_HEADS, "NUM_HEADS")):
+        if divisor < 1 or node.HIDDEN_DIM % divisor:
+            raise UserError(
+                f"{prefix}HIDDEN_DIM is {node.HIDDEN_DIM}; it must be a multiple of {divisor} "
+                f"({reason})."
+            )

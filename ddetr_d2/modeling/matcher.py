@@ -55,6 +55,13 @@ class HungarianMatcher(nn.Module):
 
         Costs of all layers and images travel to the host in one copy.
 
+        Args:
+            layers: predictions of each layer for N images.
+            targets: ground truth of each of the N images.
+
+        Returns:
+            the matched pairs of each layer.
+
         Raises:
             FloatingPointError: if a cost is not finite.
         """
@@ -92,7 +99,7 @@ class HungarianMatcher(nn.Module):
         return Matches(*table.to(device, non_blocking=True))
 
     def _cost(self, logits: Tensor, boxes: Tensor, target: Target) -> Tensor:
-        """Cost (Q, T) of every pair in one image."""
+        """Cost (Q, T) of every pair in one image with ``logits`` (Q, K) and ``boxes`` (Q, 4)."""
         probability = logits.float()[:, target.labels].sigmoid()
         positive = (
             self.focal_alpha * (1 - probability) ** self.focal_gamma * -(probability + 1e-8).log()

@@ -1,14 +1,14 @@
 """Where object queries come from: learned embeddings, or proposals of the encoder."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..layers import sine_embedding
 from .feature_levels import FeatureLevels
-from .heads import DetectionHead
-from .transformer import Queries
+from .heads import DetectionHead, Predictions
 
 # Side of the anchors on the finest level as a fraction of the image; it doubles per level.
 ANCHOR_SIZE = 0.05
@@ -16,10 +16,32 @@ ANCHOR_SIZE = 0.05
 ANCHOR_MARGIN = 0.01
 
 
+@dataclass(frozen=True)
+class Queries:
+    """Object queries as they enter the decoder.
+
+    Attributes:
+        content: (N, Q, C).
+        position: (N, Q, C), added to queries and keys.
+        reference: (N, Q, 2 or 4) reference points or boxes in [0, 1].
+        proposals: predictions of all encoder tokens where the queries come from them.
+    """
+
+    content: Tensor
+    position: Tensor
+    reference: Tensor
+    proposals: Predictions | None = None
+
+
 class LearnedQueries(nn.Module):
     """One learned embedding per query, split into position and content (paper, section 4.1)."""
 
     def __init__(self, num_queries: int, hidden_dim: int):
+        """
+        Args:
+            num_queries: Q.
+            hidden_dim: width C of the tokens.
+        """
         super().__init__()
         self.query_embed = nn.Embedding(num_queries, 2 * hidden_dim)
         self.reference_points = nn.Linear(hidden_dim, 2)
@@ -37,6 +59,12 @@ class EncoderProposals(nn.Module):
     """Every encoder token proposes a box, the best become queries (paper, section 4.2)."""
 
     def __init__(self, num_queries: int, hidden_dim: int, head: DetectionHead):
+        """
+        Args:
+            num_queries: Q, the proposals that become queries.
+            hidden_dim: width C of the tokens.
+            head: scores and boxes of the proposals.
+        """
         super().__init__()
         self.num_queries = num_queries
         self.enc_output = nn.Linear(hidden_dim, hidden_dim)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from ..layers import MSDeformAttn
 from .feature_levels import FeatureLevels
 from .heads import DetectionHead, Predictions, inverse_sigmoid
+from .queries import Queries
 
 
 @dataclass(frozen=True)
@@ -18,23 +19,6 @@ class TransformerSize:
     num_levels: int
     dim_feedforward: int
     dropout: float
-
-
-@dataclass(frozen=True)
-class Queries:
-    """Object queries as they enter the decoder.
-
-    Attributes:
-        content: (N, Q, C).
-        position: (N, Q, C), added to queries and keys.
-        reference: (N, Q, 2 or 4) reference points or boxes in [0, 1].
-        proposals: predictions of all encoder tokens where the queries come from them.
-    """
-
-    content: Tensor
-    position: Tensor
-    reference: Tensor
-    proposals: Predictions | None = None
 
 
 class FeedForward(nn.Module):
@@ -109,6 +93,7 @@ class DeformableTransformerDecoderLayer(nn.Module):
         self.self_attn = nn.MultiheadAttention(
             size.hidden_dim, size.num_heads, dropout=size.dropout, batch_first=True
         )
+        nn.init.xavier_uniform_(self.self_attn.out_proj.weight)
         self.norm2 = nn.LayerNorm(size.hidden_dim)
         self.cross_attn = MSDeformAttn(size.hidden_dim, size.num_heads, size.num_levels, num_points)
         self.norm1 = nn.LayerNorm(size.hidden_dim)
@@ -160,6 +145,13 @@ class DeformableTransformerDecoder(nn.Module):
         num_points: int,
         heads: list[DetectionHead],
     ):
+        """
+        Args:
+            size: widths and counts.
+            num_layers: decoder layers.
+            num_points: sampling points K per head and level.
+            heads: one for all layers, or one per layer.
+        """
         super().__init__()
         if len(heads) not in (1, num_layers):
             raise ValueError(f"expected 1 or {num_layers} heads, got {len(heads)}")
