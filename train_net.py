@@ -19,9 +19,7 @@ from ddetr_d2.errors import UserError, exit_on_user_error
 def setup(args: argparse.Namespace) -> CfgNode:
     """Configuration, data sets and logging of this run."""
     if not args.config_file:
-        raise UserError(
-            "--config-file is missing; give one, such as configs/deformable_detr.yaml."
-        )
+        raise UserError("--config-file is missing; give one, such as configs/deformable_detr.yaml.")
     cfg = setup_cfg(args.config_file, args.opts)
     if args.eval_only:
         cfg.DATASETS.TRAIN = ()  # evaluation needs none of its files

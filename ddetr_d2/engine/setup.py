@@ -81,6 +81,9 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def _merge_options(cfg: CfgNode, opts: list[str]) -> None:
+    late = [word for word in opts if word.startswith("--")]
+    if late:
+        raise UserError(f"{late[0]} comes too late: give it before the KEY VALUE pairs.")
     if len(opts) % 2:
         raise UserError(
             f"options must come in KEY VALUE pairs, but {opts[-1]!r} has no partner in: "

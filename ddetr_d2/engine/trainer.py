@@ -21,6 +21,7 @@ from ..checkpoint import DetrCheckpointer
 from ..data import DetrDatasetMapper
 from ..errors import UserError
 
+CLIP_TYPES = ("full_model", "norm", "value")
 OPTIMIZERS = {"AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD}
 
 
@@ -85,6 +86,11 @@ class Trainer(DefaultTrainer):
             kwargs |= {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
         optimizer = OPTIMIZERS[solver.OPTIMIZER](parameters, **kwargs)
         clip = solver.CLIP_GRADIENTS
+        if clip.ENABLED and clip.CLIP_TYPE not in CLIP_TYPES:
+            raise UserError(
+                f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}; expected one of "
+                + ", ".join(CLIP_TYPES)
+            )
         if not (clip.ENABLED and clip.CLIP_TYPE == "full_model"):
             return maybe_add_gradient_clipping(cfg, optimizer)
 

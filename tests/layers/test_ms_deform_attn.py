@@ -2,6 +2,7 @@ import copy
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from ddetr_d2.layers.ms_deform_attn import (
 )
 
 try:
-    import ddetr_d2._C  # noqa: F401
+    import ddetr_d2._C
 
     COMPILED = True
 except ImportError:
@@ -234,6 +235,12 @@ def test_shapes_as_tensors(function):
             weights,
         )
         assert torch.equal(output, expected)
+
+
+@needs_extension
+def test_kernels_are_compiled_with_threads():
+    library = Path(ddetr_d2._C.__file__).read_bytes()
+    assert b"GOMP_parallel" in library or b"__kmpc_fork_call" in library
 
 
 @needs_extension

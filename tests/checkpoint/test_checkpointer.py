@@ -1,0 +1,100 @@
+"""What DetrCheckpointer loads, and what it refuses."""
+
+import pickle
+from argparse import Namespace
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from ddetr_d2.checkpoint import DetrCheckpointer, read_class_names
+from ddetr_d2.engine import setup_cfg
+from ddetr_d2.errors import UserError
+
+from ..conftest import ROOT, TINY
+
+
+def build(*opts, variant="deformable_detr"):
+    classes = ("MODEL.DEFORMABLE_DETR.NUM_CLASSES", "3")
+    return build_model(
+        setup_cfg(str(ROOT / "configs" / f"{variant}.yaml"), [*TINY, *classes, *opts])
+    )
+
+
+def imagenet_file(folder, model):
+    """The model's backbone as a file of Detectron2's model zoo."""
+    weights = {
+        name: tensor.numpy()
+        for name, tensor in model.backbone.state_dict().items()
+        if "num_batches_tracked" not in name
+    }
+    path = folder / "R-50.pkl"
+    content = {"model": weights, "__author__": "torchvision", "matching_heuristics": True}
+    path.write_bytes(pickle.dumps(content))
+    return str(path)
+
+
+def test_class_names_travel_with_the_weights(tmp_path):
+    model = build()
+    DetrCheckpointer(model, str(tmp_path), class_names=["a", "b", "c"]).save("named")
+    assert read_class_names(str(tmp_path / "named.pth")) == ["a", "b", "c"]
+    DetrCheckpointer(model, str(tmp_path)).save("nameless")
+    assert read_class_names(str(tmp_path / "nameless.pth")) is None
+    other = build()
+    DetrCheckpointer(other, strict=True).load(str(tmp_path / "named.pth"))
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
+def test_imagenet_backbone(norm, tmp_path):
+    source = build("MODEL.RESNETS.NORM", norm)
+    target = build("MODEL.RESNETS.NORM", norm)
+    path = imagenet_file(tmp_path, source)
+    DetrCheckpointer(target).load(path)
+    state = target.backbone.state_dict()
+    for name, tensor in source.backbone.state_dict().items():
+        assert torch.equal(state[name], tensor), name
+    with pytest.raises(UserError, match="does not fit"):
+        DetrCheckpointer(target, strict=True).load(path)
+
+
+def test_imagenet_backbone_of_another_depth_or_width(tmp_path):
+    path = imagenet_file(tmp_path, build())
+    for opts in (["MODEL.RESNETS.DEPTH", "101"], ["MODEL.RESNETS.WIDTH_PER_GROUP", "16"]):
+        with pytest.raises(UserError, match="does not fit this model.*missing, the first backbone"):
+            DetrCheckpointer(build(*opts)).load(path)
+
+
+def test_imagenet_backbone_for_deformable_convolutions(tmp_path):
+    path = imagenet_file(tmp_path, build())
+    DetrCheckpointer(build("MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[False, True, True, True]")).load(
+        path
+    )
+
+
+def write(path, content):
+    with open(path, "wb") as file:
+        torch.save(content, file)
+
+
+@pytest.mark.parametrize(
+    "content", [3, [1, 2], torch.zeros(3), {"model": {}}, {"model": [1]}, Namespace(a=1)]
+)
+def test_files_without_weights(content, tmp_path):
+    path = str(tmp_path / "x.pth")
+    write(path, content)
+    with pytest.raises(UserError, match="x.pth"):
+        DetrCheckpointer(build()).load(path)
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.pkl", "x.pyth", "x.txt"])
+@pytest.mark.parametrize("content", [b"", b"abc", b"hello hello", pickle.dumps([1])])
+def test_files_of_other_kinds(name, content, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="cannot be read as weights|holds no weights"):
+        DetrCheckpointer(build()).load(str(path))
+    if name == "x.pth":
+        with pytest.raises(UserError, match="cannot be read as weights"):
+            read_class_names(str(path))
