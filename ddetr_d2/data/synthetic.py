@@ -30,7 +30,7 @@ _SPLITS = ("train", "val")
 _SUPERSAMPLING = 4
 # Sides of an object's box in pixels, about COCO's small, medium and large, and how often each is.
 _SIDES = ((20, 32), (32, 96), (96, 160))
-_SIDE_WEIGHTS = (0.3, 0.45, 0.25)
+_SIDE_WEIGHTS = (0.2, 0.5, 0.3)
 _MIN_INSIDE = 0.75  # of an object's extent, inside the image
 _MIN_VISIBLE = 0.6  # of an object's pixels, not covered by later objects
 _MAX_IOU = 0.5  # of two objects' boxes
@@ -45,7 +45,7 @@ class SyntheticOptions:
     seed: int = 0
     min_size: int = 160
     max_size: int = 224
-    max_objects: int = 8
+    max_objects: int = 6
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -99,7 +99,7 @@ def make_synthetic(
     seed: int = 0,
     min_size: int = 160,
     max_size: int = 224,
-    max_objects: int = 8,
+    max_objects: int = 6,
 ) -> None:
     """Write ``train`` and ``val`` images with their COCO annotation files under ``output``.
 
