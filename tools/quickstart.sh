@@ -46,7 +46,7 @@ run "$python" train_net.py --config-file "$config" --eval-only \
 step "Drawing detections"
 mkdir -p "$out/drawings"
 run "$python" demo/demo.py --config-file "$config" --input "$out/data/val/00000?.jpg" \
-    --output "$out/drawings" --opts MODEL.WEIGHTS "$weights"
+    --output "$out/drawings" --confidence-threshold 0.4 --opts MODEL.WEIGHTS "$weights"
 
 run "$python" tools/plot_training.py "$out"
 
