@@ -106,7 +106,7 @@ def test_unknown_name_gets_a_suggestion(cfg, coco):
     for key, name, near in (("TRAIN", "pets_trian", "pets_train"), ("TEST", "coco2017", "coco_2")):
         cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
         cfg.DATASETS[key] = (name,)
-        with pytest.raises(UserError, match=f"DATASETS.{key} names '{name}'.*did you mean '{near}"):
+        with pytest.raises(UserError, match=f"DATASETS.{key} names '{name}'.*did you mean {near}"):
             register_datasets(cfg)
 
 
