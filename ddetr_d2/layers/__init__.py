@@ -1,7 +1,9 @@
 """Layers of Deformable DETR."""
 
-from .ms_deform_attn import MSDeformAttn, ms_deform_attn, ms_deform_attn_reference
+from .attention import MSDeformAttn
+from .ms_deform_attn import ms_deform_attn
 from .position_encoding import sine_embedding, sine_position_embedding
+from .reference import ms_deform_attn_reference
 
 __all__ = [
     "MSDeformAttn",

@@ -11,7 +11,7 @@ from ..errors import UserError
 from .backbone import build_detr_backbone
 from .criterion import SetCriterion
 from .feature_levels import FeatureProjection
-from .heads import DetectionHead, Predictions
+from .heads import DetectionHead, Detections, Predictions
 from .matcher import HungarianMatcher, Target
 from .queries import EncoderProposals, LearnedQueries
 from .transformer import (
@@ -140,18 +140,32 @@ class DeformableDETR(nn.Module):
 
         Returns:
             In training a dict of losses, else ``[{"instances": Instances}]`` with
-            ``pred_boxes`` in pixels of the output, ``scores`` and ``pred_classes``.
+            ``pred_boxes`` in pixels of the output, ``scores``, ``pred_classes`` and the
+            ``queries`` they come from, the best first.
         """
         images = self.preprocess_image(batched_inputs)
-        features = self.backbone(images.tensor.contiguous(memory_format=torch.channels_last))
-        levels = self.projection(
-            [features[name] for name in self.in_features], self._padding_mask(images)
-        )
-        layers, proposals = self.transformer(levels)
+        layers, proposals = self.predict(images.tensor, self._padding_mask(images))
         if self.training:
             targets = [self._target(x["instances"].to(self.device)) for x in batched_inputs]
             return self.criterion(layers, proposals, targets)
         return self.postprocess(layers[-1], batched_inputs, images.image_sizes)
+
+    def predict(
+        self, images: Tensor, padding_mask: Tensor
+    ) -> tuple[list[Predictions], Predictions | None]:
+        """The model between its tensors, without lists of images and without losses.
+
+        Args:
+            images: (N, 3, H, W), normalised, padded at the right and the bottom.
+            padding_mask: (N, H, W) bool, True on padding.
+
+        Returns:
+            the predictions of every decoder layer, the final ones last, and the encoder's
+            proposals if it makes any.
+        """
+        features = self.backbone(images.contiguous(memory_format=torch.channels_last))
+        levels = self.projection([features[name] for name in self.in_features], padding_mask)
+        return self.transformer(levels)
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise the images and pad them at the right and the bottom to one size."""
@@ -182,28 +196,35 @@ class DeformableDETR(nn.Module):
         boxes = boxes / boxes.new_tensor([width, height, width, height])
         return Target(instances.gt_classes, box_convert(boxes, "xyxy", "cxcywh"))
 
+    def best(self, predictions: Predictions) -> Detections:
+        """Keep the best pairs of query and class; a query can appear with several classes."""
+        scores = predictions.logits.float().sigmoid().flatten(1)
+        scores, pairs = scores.topk(min(self.num_detections, scores.shape[1]), dim=1)
+        num_classes = predictions.logits.shape[-1]
+        queries = pairs // num_classes
+        boxes = predictions.boxes.gather(1, queries[..., None].expand(-1, -1, 4))
+        return Detections(
+            scores, pairs % num_classes, box_convert(boxes, "cxcywh", "xyxy"), queries
+        )
+
     def postprocess(
         self,
         predictions: Predictions,
         batched_inputs: list[dict],
         image_sizes: list[tuple[int, int]],
     ) -> list[dict]:
-        """Keep the best pairs of query and class; boxes in pixels of the original images."""
-        scores = predictions.logits.float().sigmoid().flatten(1)
-        scores, pairs = scores.topk(min(self.num_detections, scores.shape[1]), dim=1)
-        num_classes = predictions.logits.shape[-1]
-        queries = pairs // num_classes
-        boxes = predictions.boxes.gather(1, queries[..., None].expand(-1, -1, 4))
-        boxes = box_convert(boxes, "cxcywh", "xyxy")
+        """Detections with boxes in pixels of the original images."""
+        detections = self.best(predictions)
         results = []
         for index, (inputs, image_size) in enumerate(zip(batched_inputs, image_sizes, strict=True)):
             height = inputs.get("height", image_size[0])
             width = inputs.get("width", image_size[1])
             result = Instances((height, width))
-            scale = boxes.new_tensor([width, height, width, height])
-            result.pred_boxes = Boxes(boxes[index] * scale)
-            result.scores = scores[index]
-            result.pred_classes = pairs[index] % num_classes
+            scale = detections.boxes.new_tensor([width, height, width, height])
+            result.pred_boxes = Boxes(detections.boxes[index] * scale)
+            result.scores = detections.scores[index]
+            result.pred_classes = detections.classes[index]
+            result.queries = detections.queries[index]
             results.append({"instances": result})
         return results
 

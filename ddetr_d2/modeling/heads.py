@@ -22,6 +22,22 @@ class Predictions(NamedTuple):
     boxes: Tensor
 
 
+class Detections(NamedTuple):
+    """The best R predictions of N images, the best first.
+
+    Attributes:
+        scores: (N, R), 0 to 1.
+        classes: (N, R) ints, 0 to K - 1.
+        boxes: (N, R, 4) as (x0, y0, x1, y1), fractions of the unpadded image size.
+        queries: (N, R) ints, the query that each comes from.
+    """
+
+    scores: Tensor
+    classes: Tensor
+    boxes: Tensor
+    queries: Tensor
+
+
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     """Logarithm of x / (1 - x), with x clamped to [0, 1] and both parts to at least ``eps``."""
     x = x.clamp(min=0, max=1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddetr_d2.layers.ms_deform_attn import (
+from ddetr_d2.layers import (
     MSDeformAttn,
     ms_deform_attn,
     ms_deform_attn_reference,
@@ -599,7 +599,7 @@ def test_without_the_extension_it_says_so_once_and_works():
 import sys
 sys.modules["ddetr_d2._C"] = None
 import torch
-from ddetr_d2.layers.ms_deform_attn import MSDeformAttn
+from ddetr_d2.layers import MSDeformAttn
 module = MSDeformAttn(16, 4, 1, 2)
 for _ in range(2):
     query, points, tokens = torch.rand(1, 3, 16), torch.rand(1, 3, 1, 2), torch.rand(1, 6, 16)

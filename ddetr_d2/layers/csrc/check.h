@@ -1,4 +1,4 @@
-// What is checked before a kernel touches memory. The same checks stand in ms_deform_attn.py for
+// What is checked before a kernel touches memory. The same checks stand in layers/checks.py for
 // the routes that do not come through here.
 #pragma once
 
