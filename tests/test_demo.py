@@ -1,6 +1,6 @@
 """demo/demo.py with a tiny detector of random weights."""
 
-import importlib.util
+import sys
 from pathlib import Path
 
 import cv2
@@ -17,9 +17,13 @@ from ddetr_d2.engine import setup_cfg
 from ddetr_d2.errors import UserError, exit_on_user_error
 
 ROOT = Path(__file__).parent.parent
-SPEC = importlib.util.spec_from_file_location("demo", ROOT / "demo" / "demo.py")
-demo = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(demo)
+sys.path.insert(0, str(ROOT / "demo"))  # as Python does for the program
+
+import images  # noqa: E402
+import predictor  # noqa: E402
+import window  # noqa: E402
+
+import demo  # noqa: E402
 
 NAMES = ["RBC", "WBC", "Platelets"]
 CONFIG = f"""\
@@ -128,7 +132,7 @@ def test_kinds_of_images(arguments, tmp_path, monkeypatch, mode, values):
     image.save(tmp_path / "image.png")
     seen = []
     monkeypatch.setattr(demo, "load_model", lambda *_: (None, Metadata()))
-    monkeypatch.setattr(demo, "detect", lambda _, image, __: seen.append(image) or no_instances())
+    monkeypatch.setattr(images, "detect", lambda _, image, __: seen.append(image) or no_instances())
 
     output = tmp_path / "drawing.png"
     assert demo.main(arguments("--input", tmp_path / "image.png", "--output", output)) == 0
@@ -141,7 +145,7 @@ def test_exif_rotation(arguments, tmp_path, monkeypatch):
     Image.new("RGB", (30, 20)).save(tmp_path / "image.jpg", exif=exif)
     seen = []
     monkeypatch.setattr(demo, "load_model", lambda *_: (None, Metadata()))
-    monkeypatch.setattr(demo, "detect", lambda _, image, __: seen.append(image) or no_instances())
+    monkeypatch.setattr(images, "detect", lambda _, image, __: seen.append(image) or no_instances())
 
     demo.main(arguments("--input", tmp_path / "image.jpg", "--output", tmp_path / "out.jpg"))
     assert seen[0].shape == (30, 20, 3)
@@ -152,15 +156,15 @@ def no_instances():
 
 
 def test_class_names_of_the_checkpoint(files):
-    _, metadata = demo.load_model(
+    _, metadata = predictor.load_model(
         str(files / "config.yaml"), ["MODEL.WEIGHTS", str(files / "named.pth")]
     )
     assert metadata.thing_classes == NAMES
 
 
 def test_class_names_of_detectron2s_data_set(files, monkeypatch):
-    monkeypatch.setattr(demo, "Predictor", lambda cfg: cfg)  # COCO's 80 classes do not fit
-    cfg, metadata = demo.load_model(
+    monkeypatch.setattr(predictor, "Predictor", lambda cfg: cfg)  # COCO's 80 classes do not fit
+    cfg, metadata = predictor.load_model(
         str(files / "config.yaml"),
         ["MODEL.WEIGHTS", str(files / "nameless.pth"), "DATASETS.TEST", "('coco_2017_val',)"],
     )
@@ -171,16 +175,16 @@ def test_class_names_of_detectron2s_data_set(files, monkeypatch):
 def test_without_class_names_the_number_is_needed(files):
     opts = ["MODEL.WEIGHTS", str(files / "nameless.pth")]
     with pytest.raises(UserError, match="NUM_CLASSES"):
-        demo.load_model(str(files / "config.yaml"), opts)
+        predictor.load_model(str(files / "config.yaml"), opts)
     opts += ["MODEL.DEFORMABLE_DETR.NUM_CLASSES", "3"]
-    _, metadata = demo.load_model(str(files / "config.yaml"), opts)
+    _, metadata = predictor.load_model(str(files / "config.yaml"), opts)
     assert metadata.get("thing_classes") is None
 
 
 def test_labels_say_class_and_score(monkeypatch):
     labels = []
     monkeypatch.setattr(
-        demo.Visualizer, "draw_text", lambda self, text, *_, **__: labels.append(text)
+        images.Visualizer, "draw_text", lambda self, text, *_, **__: labels.append(text)
     )
     instances = Instances(
         (40, 60),
@@ -189,9 +193,9 @@ def test_labels_say_class_and_score(monkeypatch):
         pred_classes=torch.tensor([0]),
     )
     metadata = Metadata(thing_classes=NAMES, thing_colors=[[255, 0, 0]] * 3)
-    drawing = demo.draw(np.zeros((40, 60, 3), np.uint8), instances, metadata)
+    drawing = images.draw(np.zeros((40, 60, 3), np.uint8), instances, metadata)
     assert labels == ["RBC 87%"]
-    assert drawing.shape[1] >= demo.MIN_DRAWING_SIZE / 2
+    assert drawing.shape[1] >= images.MIN_DRAWING_SIZE / 2
     assert drawing.max() > 0
 
 
@@ -257,4 +261,4 @@ def test_headless_opencv_is_told(monkeypatch):
     monkeypatch.setenv("DISPLAY", ":0")
     monkeypatch.setattr(cv2, "namedWindow", refuse)
     with pytest.raises(UserError, match="opencv-python-headless"):
-        demo.check_windows()
+        window.check_windows()
