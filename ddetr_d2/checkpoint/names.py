@@ -1,0 +1,253 @@
+"""How the weights of Deformable DETR are called here and in other implementations.
+
+A table maps names here to names there. Entries are beginnings of names that end where a part of
+the name ends; ``*`` stands for a number. The prediction heads are not in the tables: the others
+count them in one list, with the head of the two-stage proposals last, and store that list twice.
+"""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+Table = dict[str, str]
+
+_HEAD = re.compile(r"(?:(?P<copy>.*decoder)\.)?(?P<kind>class_embed|bbox_embed)\.(?P<rest>.+)")
+
+
+def _resnet(stem: tuple[str, str], stages: str, convs: tuple[str, str], shortcut: tuple[str, str]):
+    """Table of a ResNet; each pair names a convolution and its normalisation.
+
+    ``stages`` and ``convs`` are formatted with a stage or a convolution, counted from 0 (``{0}``)
+    and from 1 (``{1}``).
+    """
+    table = {"stem.conv1": stem[0], "stem.conv1.norm": stem[1]}
+    for stage in range(4):
+        here, there = f"res{stage + 2}.*", stages.format(stage, stage + 1)
+        for conv in range(3):
+            name, norm = (f"{there}.{part.format(conv, conv + 1)}" for part in convs)
+            table |= {f"{here}.conv{conv + 1}": name, f"{here}.conv{conv + 1}.norm": norm}
+        table |= {f"{here}.shortcut": f"{there}.{shortcut[0]}"}
+        table |= {f"{here}.shortcut.norm": f"{there}.{shortcut[1]}"}
+    return table
+
+
+def prefixed(table: Table, here: str, there: str) -> Table:
+    """``table`` with beginnings put before the names on both sides."""
+    return {here + ours: there + theirs for ours, theirs in table.items()}
+
+
+def _layers(kind: str, table: Table, here: str, there: str) -> Table:
+    return prefixed(table, f"{here}.{kind}.layers.*.", f"{there}{kind}.layers.*.")
+
+
+def _two_stage(there: str) -> Table:
+    parts = ("enc_output", "enc_output_norm", "pos_trans", "pos_trans_norm", "reference_points")
+    return {f"transformer.queries.{part}": f"{there}{part}" for part in parts}
+
+
+# ResNets of torchvision and timm, and those of Hugging Face transformers.
+TORCHVISION_RESNET = _resnet(
+    ("conv1", "bn1"), "layer{1}.*", ("conv{1}", "bn{1}"), ("downsample.0", "downsample.1")
+)
+TRANSFORMERS_RESNET = _resnet(
+    ("embedder.embedder.convolution", "embedder.embedder.normalization"),
+    "encoder.stages.{0}.layers.*",
+    ("layer.{0}.convolution", "layer.{0}.normalization"),
+    ("shortcut.convolution", "shortcut.normalization"),
+)
+
+REFERENCE = {
+    **prefixed(TORCHVISION_RESNET, "backbone.", "backbone.0.body."),
+    "projection.input_proj": "input_proj",
+    "projection.level_embed": "transformer.level_embed",
+    "transformer.queries.query_embed": "query_embed",
+    **_two_stage("transformer."),
+    **_layers(
+        "encoder",
+        {
+            "self_attn": "self_attn",
+            "norm1": "norm1",
+            "ffn.linear1": "linear1",
+            "ffn.linear2": "linear2",
+            "ffn.norm": "norm2",
+        },
+        *("transformer", "transformer."),
+    ),
+    **_layers(
+        "decoder",
+        {
+            "self_attn": "self_attn",
+            "norm2": "norm2",
+            "cross_attn": "cross_attn",
+            "norm1": "norm1",
+            "ffn.linear1": "linear1",
+            "ffn.linear2": "linear2",
+            "ffn.norm": "norm3",
+        },
+        *("transformer", "transformer."),
+    ),
+}
+
+DETREX = {
+    "backbone": "backbone",
+    **{f"projection.input_proj.{i}.0": f"neck.convs.{i}.conv" for i in range(4)},
+    **{f"projection.input_proj.{i}.1": f"neck.convs.{i}.norm" for i in range(4)},
+    "projection.level_embed": "transformer.level_embeds",
+    "transformer.queries.query_embed": "query_embedding",
+    **_two_stage("transformer."),
+    **_layers(
+        "encoder",
+        {
+            "self_attn": "attentions.0",
+            "norm1": "norms.0",
+            "ffn.linear1": "ffns.0.layers.0.0",
+            "ffn.linear2": "ffns.0.layers.1",
+            "ffn.norm": "norms.1",
+        },
+        *("transformer", "transformer."),
+    ),
+    **_layers(
+        "decoder",
+        {
+            "self_attn": "attentions.0.attn",
+            "norm2": "norms.0",
+            "cross_attn": "attentions.1",
+            "norm1": "norms.1",
+            "ffn.linear1": "ffns.0.layers.0.0",
+            "ffn.linear2": "ffns.0.layers.1",
+            "ffn.norm": "norms.2",
+        },
+        *("transformer", "transformer."),
+    ),
+}
+
+# As transformers writes them, with a backbone of timm or (NATIVE_) of its own.
+TRANSFORMERS = {
+    **prefixed(TORCHVISION_RESNET, "backbone.", "model.backbone.conv_encoder.model."),
+    "projection.input_proj": "model.input_proj",
+    "projection.level_embed": "model.level_embed",
+    "transformer.queries.query_embed": "model.query_position_embeddings",
+    **_two_stage("model."),
+    **_layers(
+        "encoder",
+        {
+            "self_attn": "self_attn",
+            "norm1": "self_attn_layer_norm",
+            "ffn.linear1": "fc1",
+            "ffn.linear2": "fc2",
+            "ffn.norm": "final_layer_norm",
+        },
+        *("transformer", "model."),
+    ),
+    **_layers(
+        "decoder",
+        {
+            "self_attn": "self_attn",
+            "norm2": "self_attn_layer_norm",
+            "cross_attn": "encoder_attn",
+            "norm1": "encoder_attn_layer_norm",
+            "ffn.linear1": "fc1",
+            "ffn.linear2": "fc2",
+            "ffn.norm": "final_layer_norm",
+        },
+        *("transformer", "model."),
+    ),
+}
+NATIVE_TRANSFORMERS = TRANSFORMERS | prefixed(
+    TRANSFORMERS_RESNET, "backbone.", "model.backbone.conv_encoder.model."
+)
+
+
+def rename(state: Mapping[str, Tensor], table: Table) -> State:
+    """``state`` with the beginnings on the left of ``table`` replaced by those on its right.
+
+    The longest beginning wins. Names without an entry stay as they are.
+    """
+    patterns = {
+        re.compile(re.escape(old).replace(r"\*", r"(\d+)") + r"(?=\.|$)"): new
+        for old, new in sorted(table.items(), key=lambda item: -len(item[0]))
+    }
+
+    def renamed(name: str) -> str:
+        for pattern, new in patterns.items():
+            match = pattern.match(name)
+            if match:
+                return new.replace("*", "{}").format(*match.groups()) + name[match.end() :]
+        return name
+
+    return {renamed(name): tensor for name, tensor in state.items()}
+
+
+def reverse(table: Table) -> Table:
+    """The table of the way back."""
+    return {new: old for old, new in table.items()}
+
+
+def is_two_stage(state: Mapping[str, Tensor]) -> bool:
+    """Whether the queries of a state with names of this project are the encoder's proposals."""
+    return any(name.startswith("transformer.queries.enc_output") for name in state)
+
+
+def split_heads(state: Mapping[str, Tensor]) -> State:
+    """Put the list of heads that other implementations have where it belongs here.
+
+    Args:
+        state: names of this project, but for ``class_embed.{i}...`` and
+            ``bbox_embed.{i}.layers.{j}...`` with their copies below ``...decoder.``.
+    """
+    heads: dict[int, State] = {}
+    result: State = {}
+    refined = two_stage = is_two_stage(state)
+    for name, tensor in state.items():
+        match = _HEAD.fullmatch(name)
+        if not match or name.startswith("transformer.decoder.heads."):
+            result[name] = tensor
+            continue
+        index, _, rest = match["rest"].partition(".")
+        if match["kind"] == "bbox_embed":
+            refined |= match["copy"] is not None
+            rest = re.sub(r"layers\.(\d+)", lambda m: str(3 * int(m[1])), rest)
+        heads.setdefault(int(index), {})[f"{match['kind']}.{rest}"] = tensor
+
+    numbers = sorted(heads)
+    if two_stage and numbers:
+        last = heads.pop(numbers.pop())
+        result |= {f"transformer.queries.head.{name}": tensor for name, tensor in last.items()}
+    if not refined and all(_equal(heads[number], heads[numbers[0]]) for number in numbers):
+        numbers = numbers[:1]
+    for number in numbers:
+        for name, tensor in heads[number].items():
+            result[f"transformer.decoder.heads.{number}.{name}"] = tensor
+    return result
+
+
+def _equal(a: State, b: State) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def join_heads(state: Mapping[str, Tensor]) -> tuple[State, list[State]]:
+    """Undo :func:`split_heads`.
+
+    Returns:
+        ``state`` without heads; the heads, those of the proposals last, each with the names
+        ``class_embed...`` and ``bbox_embed.layers.{j}...``. A head that all layers share is
+        there once.
+    """
+    rest: State = {}
+    heads: dict[int, State] = {}
+    for name, tensor in state.items():
+        match = re.fullmatch(
+            r"transformer\.(?:decoder\.heads\.(?P<number>\d+)|queries\.head)\.(?P<rest>.+)", name
+        )
+        if match is None:
+            rest[name] = tensor
+            continue
+        number = len(state) if match["number"] is None else int(match["number"])
+        within = re.sub(
+            r"(?<=bbox_embed)\.(\d+)", lambda m: f".layers.{int(m[1]) // 3}", match["rest"]
+        )
+        heads.setdefault(number, {})[within] = tensor
+    return rest, [heads[number] for number in sorted(heads)]
