@@ -15,13 +15,16 @@ import sys
 from collections.abc import Sequence
 
 from detectron2.utils.logger import setup_logger
-from files import find_images, name_drawings, name_video
+from files import find_images, name_drawings, name_samplings, name_video
 from images import run_on_images
 from predictor import load_model
+from sampling import SamplingRequest, parse_pixels
 from video import run_on_video
 from window import check_windows
 
 from ddetr_d2.errors import UserError, exit_on_user_error
+
+SAMPLING_DETECTIONS = 4
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -47,6 +50,25 @@ def get_parser() -> argparse.ArgumentParser:
         help="lowest score that is drawn, 0 to 1 (default: 0.5)",
     )
     parser.add_argument(
+        "--show-sampling",
+        action="store_true",
+        help="for each image a picture more, NAME_sampling.png: the points that the last decoder "
+        "layer looks at for the best detections, coloured by attention weight",
+    )
+    parser.add_argument(
+        "--sampling-detections",
+        type=int,
+        metavar="N",
+        help=f"the same for the N best detections (default: {SAMPLING_DETECTIONS})",
+    )
+    parser.add_argument(
+        "--sampling-pixels",
+        nargs="+",
+        metavar="X,Y",
+        help="the same, and the points that the last encoder layer looks at from these pixels "
+        "(column,row) of the image",
+    )
+    parser.add_argument(
         "--opts",
         nargs=argparse.REMAINDER,
         default=[],
@@ -63,6 +85,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(
             f"--confidence-threshold {args.confidence_threshold} is no score; give 0 to 1."
         )
+    show_sampling = (
+        args.show_sampling or args.sampling_pixels or args.sampling_detections is not None
+    )
+    if show_sampling and not args.input:
+        raise UserError("sampling points are drawn of images only; give them with --input.")
+    count = SAMPLING_DETECTIONS if args.sampling_detections is None else args.sampling_detections
+    if count < 0:
+        raise UserError(
+            f"--sampling-detections {count} is no number of detections; give 0 or more."
+        )
     # Everything that can be wrong with inputs and output is found before the model is loaded.
     if args.output is None:
         check_windows()
@@ -73,6 +105,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for problem in problems:
             print(f"skipped: {problem}", file=sys.stderr)
         drawings = None if args.output is None else name_drawings(images, args.output)
+        sampling = None
+        if show_sampling:
+            pixels = parse_pixels(args.sampling_pixels or [], images)
+            files = drawings and name_samplings(images, drawings, args.output)
+            sampling = SamplingRequest(count, pixels, files)
     else:
         source = None if args.webcam else os.path.expanduser(args.video_input)
         if source and not os.path.isfile(source):
@@ -85,7 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.input:
         run_on_video(predictor, metadata, source or 0, output, args.confidence_threshold)
         return 0
-    unreadable = run_on_images(predictor, metadata, images, drawings, args.confidence_threshold)
+    unreadable = run_on_images(
+        predictor, metadata, images, drawings, args.confidence_threshold, sampling
+    )
     if drawings is not None:
         print(f"{len(images) - unreadable} drawings in {os.path.dirname(drawings[0]) or '.'}")
     if unreadable or problems:

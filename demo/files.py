@@ -57,25 +57,48 @@ def name_drawings(images: Sequence[str], output: str) -> list[str]:
             )
         drawings = [output]
     else:
-        drawings = []
+        drawings, taken = [], set()
         for image in images:
             stem, suffix = os.path.splitext(os.path.basename(image))
             if suffix.lower() not in IMAGE_SUFFIXES:  # OpenCV cannot write it
                 stem, suffix = stem + suffix, ".png"
-            drawing, number = os.path.join(output, stem + suffix), 1
-            while drawing in drawings:
-                number += 1
-                drawing = os.path.join(output, f"{stem}_{number}{suffix}")
-            drawings.append(drawing)
-    inputs = {os.path.realpath(image): image for image in images}
+            drawings.append(_unused(os.path.join(output, stem), suffix, taken))
+    _check_inputs_stay(images, drawings, output)
+    _make_folder(os.path.dirname(output) if to_file else output)
+    return drawings
+
+
+def name_samplings(images: Sequence[str], drawings: Sequence[str], output: str) -> list[str]:
+    """Choose a file for each picture of sampling points: NAME_sampling.png beside the drawing.
+
+    Raises:
+        UserError: if a picture would replace an input.
+    """
+    taken = set(drawings)
+    stems = [os.path.splitext(drawing)[0] for drawing in drawings]
+    samplings = [_unused(f"{stem}_sampling", ".png", taken) for stem in stems]
+    _check_inputs_stay(images, samplings, output)
+    return samplings
+
+
+def _unused(stem: str, suffix: str, taken: set[str]) -> str:
+    """Take ``stem`` with ``suffix``, with a number between them if that name is taken."""
+    path, number = stem + suffix, 1
+    while path in taken:
+        number += 1
+        path = f"{stem}_{number}{suffix}"
+    taken.add(path)
+    return path
+
+
+def _check_inputs_stay(images: Sequence[str], drawings: Sequence[str], output: str) -> None:
+    inputs = {os.path.realpath(image) for image in images}
     for drawing in drawings:
         if os.path.realpath(drawing) in inputs:
             raise UserError(
                 f"--output {output}: the drawing {drawing} would replace the input; "
                 "give another folder."
             )
-    _make_folder(os.path.dirname(output) if to_file else output)
-    return drawings
 
 
 def name_video(source: str | None, output: str) -> str:

@@ -1,5 +1,6 @@
 """Detections on image files."""
 
+import contextlib
 import math
 import sys
 import time
@@ -11,11 +12,13 @@ from detectron2.structures import Instances
 from detectron2.utils.visualizer import ColorMode, Visualizer
 from files import write_image
 from predictor import Predictor, detect
+from sampling import SamplingRequest
 from tqdm import tqdm
 from window import show
 
 from ddetr_d2.data import read_image
 from ddetr_d2.errors import UserError
+from ddetr_d2.visualization import SamplingRecorder, draw_sampling
 
 # Smaller images are enlarged to this length of the longer side before labels are drawn.
 MIN_DRAWING_SIZE = 800  # pixels
@@ -42,8 +45,17 @@ def run_on_images(
     images: Sequence[str],
     drawings: Sequence[str] | None,
     threshold: float,
+    sampling: SamplingRequest | None = None,
 ) -> int:
     """Detect on each image; write the drawing, or show it if ``drawings`` is None.
+
+    Args:
+        predictor: the detector.
+        metadata: names and colours of its classes.
+        images: files to detect on.
+        drawings: a file for each drawing.
+        threshold: lowest score that is drawn.
+        sampling: what to draw of the sampling points, in pictures of their own.
 
     Returns:
         the number of images that could not be read.
@@ -56,15 +68,24 @@ def run_on_images(
             tqdm.write(f"skipped: {error}", file=sys.stderr)
             unreadable += 1
             continue
+        recorder = SamplingRecorder(predictor.model) if sampling else None
         start = time.perf_counter()
-        instances = detect(predictor, image, threshold)
+        with recorder or contextlib.nullcontext():
+            instances = detect(predictor, image, threshold)
         seconds = time.perf_counter() - start
-        drawing = draw(image, instances, metadata)
         message = f"{path}: {len(instances)} detections in {seconds:.2f} s"
-        if drawings is not None:
-            write_image(drawings[index], drawing)
-            message += f" -> {drawings[index]}"
-        tqdm.write(message)
-        if drawings is None and not show(drawing, wait=0):
+        pictures = [draw(image, instances, metadata)]
+        files = [] if drawings is None else [drawings[index]]
+        if sampling:
+            panels = sampling.panels(recorder, instances, metadata)
+            if panels:
+                pictures.append(draw_sampling(image[:, :, ::-1], panels)[:, :, ::-1])
+                files += [] if sampling.files is None else [sampling.files[index]]
+            else:
+                message += ", none to show sampling points of"
+        for file, picture in zip(files, pictures, strict=bool(files)):
+            write_image(file, picture)
+        tqdm.write(f"{message} -> {', '.join(files)}" if files else message)
+        if drawings is None and not all(show(picture, wait=0) for picture in pictures):
             break
     return unreadable

@@ -1,0 +1,6 @@
+"""Pictures of what the detector does."""
+
+from .drawing import SamplingPanel, draw_sampling
+from .sampling import SamplingPoints, SamplingRecorder, check_pixel
+
+__all__ = ["SamplingPanel", "SamplingPoints", "SamplingRecorder", "check_pixel", "draw_sampling"]

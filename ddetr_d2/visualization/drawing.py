@@ -1,0 +1,131 @@
+"""Pictures of sampling points (paper, figure 6)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib import patheffects
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from .sampling import SamplingPoints
+
+PANEL_SIZE = 5.0  # inches, the longer side
+DPI = 100
+COLORS = "plasma"  # dark to bright, also for eyes that tell no red from green
+MARKER = "#00e000"
+# Points with less than this share of the largest weight may lie outside of the view.
+NEGLIGIBLE = 0.1
+# Around the image at most this share of its longer side is shown.
+OUTSIDE = 0.1
+MIN_VIEW = 16  # pixels
+
+
+@dataclass(frozen=True)
+class SamplingPanel:
+    """One panel of the picture.
+
+    Attributes:
+        title: what is written above it.
+        points: the points in it.
+        box: (x0, y0, x1, y1) of a detection, in pixels of the image.
+    """
+
+    title: str
+    points: SamplingPoints
+    box: tuple[float, float, float, float]
+
+
+def draw_sampling(image: np.ndarray, panels: Sequence[SamplingPanel]) -> np.ndarray:
+    """Draw sampling points, coloured by attention weight, on the part of the image they lie in.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        panels: one or more.
+
+    Returns:
+        (h, w, 3) uint8 RGB.
+    """
+    aspect = min(max(image.shape[1] / image.shape[0], 0.5), 2.0)
+    width, height = PANEL_SIZE * min(1, aspect), PANEL_SIZE * min(1, 1 / aspect)
+    columns = math.ceil(math.sqrt(len(panels)))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure((columns * width + 1, rows * (height + 0.35)), DPI, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        _draw_panel(axes, image, panel, aspect)
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(0, 1), COLORS), ax=grid, fraction=0.05, aspect=40, pad=0.02
+    )
+    bar.set_label("attention weight / largest of the panel")
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _draw_panel(axes: Axes, image: np.ndarray, panel: SamplingPanel, aspect: float) -> None:
+    locations = panel.points.locations.flatten(0, -2).numpy()
+    weights = panel.points.weights.flatten().numpy()
+    order = weights.argsort()  # the largest are drawn last
+    locations, weights = locations[order], weights[order]
+    low, high = _view(locations, weights, panel, image.shape[:2], aspect)
+
+    height, width = image.shape[:2]
+    axes.imshow(image, extent=(0, width, height, 0), interpolation="nearest")
+    x0, y0, x1, y1 = panel.box
+    axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color=MARKER, linewidth=2))
+    share = weights / weights[-1]
+    axes.scatter(
+        *locations.T,
+        c=share,
+        s=16 + 44 * share,
+        cmap=COLORS,
+        vmin=0,
+        vmax=1,
+        # Dark points stand out from dark images, bright ones from bright images.
+        edgecolors=np.where(share < 0.5, "white", "black"),
+        linewidths=0.6,
+    )
+    axes.plot(
+        *panel.points.reference.tolist(),
+        marker="+",
+        markersize=14,
+        markeredgewidth=2,
+        color=MARKER,
+        path_effects=[patheffects.withStroke(linewidth=4, foreground="black")],
+    )
+    axes.set_xlim(low[0], high[0])
+    axes.set_ylim(high[1], low[1])
+    axes.set_facecolor("0.85")
+    axes.set_title(panel.title, fontsize=11)
+    axes.tick_params(labelsize=8)
+    hidden = weights[((locations < low) | (locations > high)).any(1)].sum() / weights.sum()
+    if hidden >= 0.005:
+        axes.set_xlabel(f"{hidden:.0%} of the weight lies outside of this view", fontsize=8)
+
+
+def _view(
+    locations: np.ndarray,
+    weights: np.ndarray,
+    panel: SamplingPanel,
+    image_size: tuple[int, int],
+    aspect: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper (x, y) of what a panel shows: box and points, with a margin."""
+    seen = locations[weights >= NEGLIGIBLE * weights.max()]
+    box = np.reshape(panel.box, (2, 2))
+    seen = np.concatenate((seen, box, panel.points.reference[None].numpy()))
+    low, high = seen.min(0), seen.max(0)
+    width, height = np.maximum(1.15 * (high - low), MIN_VIEW)
+    size = np.array([max(width, height * aspect), max(height, width / aspect)])
+    center = (low + high) / 2
+    margin = OUTSIDE * max(image_size)
+    border = np.array(image_size[::-1])
+    return np.maximum(center - size / 2, -margin), np.minimum(center + size / 2, border + margin)
