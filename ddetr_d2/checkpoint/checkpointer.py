@@ -1,41 +1,35 @@
-"""Detectron2's checkpointer with class names inside and with strict loading."""
+"""Detectron2's checkpointer for weights of many formats, with class names and strict loading."""
 
 import logging
-import os
-import pickle
+import re
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.utils.file_io import PathManager
+from tabulate import tabulate
 from torch import nn
 
 from ..errors import UserError
+from .architecture import as_arguments, built_options, differences, infer_options, variant
+from .files import local_path
+from .formats import COCO_NAMES, Weights, num_classes, read_weights, to_contiguous
+from .names import State
 
 # Parameters whose shape follows the number of classes.
 _CLASS_HEAD = "class_embed"
 # Parts of a backbone that ImageNet weights do not have.
-_BEYOND_IMAGENET = ("conv2_offset", "fpn_", "top_block", "num_batches_tracked")
-# What reading a damaged or foreign file raises.
-_DAMAGED = (
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    pickle.UnpicklingError,
-)
+_BEYOND_IMAGENET = ("conv2_offset", "fpn_", "top_block")
+# Lines of each kind in the table of what does not fit.
+_MAX_LINES = 6
 
 
 class DetrCheckpointer(DetectionCheckpointer):
-    """Save class names along with the weights; refuse weights that do not fit.
+    """Load weights of any known format; save class names along; refuse weights that do not fit.
 
     A file with weights of the backbone only (ImageNet) loads into the backbone. A file with a
-    detector must hold every parameter of the model in its shape. Only the class heads may differ
-    in the number of classes, when training starts from a detector of other classes.
+    detector must hold every parameter of the model in its shape, and no others. Only the class
+    heads may differ in the number of classes, when training starts from a detector of other
+    classes. Nothing is loaded from a file that does not fit.
     """
 
     def __init__(
@@ -62,114 +56,172 @@ class DetrCheckpointer(DetectionCheckpointer):
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``name``.pth; see :meth:`DetectionCheckpointer.save`."""
+        kwargs["options"] = built_options(self.model)
         if self.class_names:
             kwargs["class_names"] = list(self.class_names)
         super().save(name, **kwargs)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Load the file at ``path``.
+        """Load what is at ``path``: see :func:`ddetr_d2.checkpoint.formats.read_weights`.
 
         Raises:
-            UserError: if the file is missing, damaged or does not fit the model.
+            UserError: if it is missing, damaged or does not fit the model.
         """
         self._source = path
-        if path:
-            _local_path(path)
         try:
-            return super().load(path, *args, **kwargs)
+            return super().load(local_path(path) if path else path, *args, **kwargs)
         finally:
             self._parsed_url_during_load = None
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        try:
-            loaded = super()._load_file(filename)
-        except _DAMAGED as error:
-            raise _damaged(self._source, error) from error
-        weights = loaded.get("model")
-        if not isinstance(weights, dict) or not any(hasattr(x, "shape") for x in weights.values()):
-            raise UserError(
-                f"{self._source} holds no weights; name a checkpoint (.pth) or a Detectron2 "
-                "backbone (.pkl)."
-            )
-        return loaded
+        weights = read_weights(filename, shown=self._source)
+        if weights.format != "ddetr_d2":
+            logging.getLogger(__name__).info(f"{self._source}: {weights.format}")
+        return {**weights.rest, "model": weights}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
-        names_in_file = set(checkpoint["model"])
-        incompatible = super()._load_model(checkpoint)
-        missing = list(incompatible.missing_keys)
-        wrong = {name: shapes for name, *shapes in incompatible.incorrect_shapes}
-        missing = [name for name in missing if name not in wrong]
-        if self.strict or any(name.startswith("transformer.") for name in names_in_file):
-            parameters = {name for name, _ in self.model.named_parameters()}
-            missing = [name for name in missing if name in parameters]
-        else:
-            missing = [
-                name
-                for name in missing
-                if name.startswith("backbone.") and not any(x in name for x in _BEYOND_IMAGENET)
-            ]
-        if not self.strict:
-            classes = [name for name in wrong if _CLASS_HEAD in name]
-            if classes and len(classes) == len(wrong):
-                logging.getLogger(__name__).warning(
-                    f"{self._source} was trained on another number of classes: the "
-                    f"{len(classes)} tensors of the class heads start anew."
-                )
-                wrong = {}
-        if missing or wrong:
-            raise UserError(self._misfit(missing, wrong))
-        return incompatible
-
-    def _misfit(self, missing: list[str], wrong: dict[str, list[tuple[int, ...]]]) -> str:
-        parts = []
-        if missing:
-            parts.append(f"{len(missing)} parameters are missing, the first {missing[0]}")
-        if wrong:
-            name, (in_file, in_model) = next(iter(wrong.items()))
-            parts.append(
-                f"{len(wrong)} differ in shape, the first {name}: {list(in_file)} in the file, "
-                f"{list(in_model)} in the model"
+        weights: Weights = checkpoint.pop("model")
+        expected = self.model.state_dict()
+        state = weights.model
+        if weights.coco_ids and num_classes(expected) == len(COCO_NAMES):
+            state = to_contiguous(state)
+        if any(name.startswith("backbone.bottom_up.") for name in expected) and weights.is_backbone:
+            state = {re.sub(r"^backbone\.", "backbone.bottom_up.", k): v for k, v in state.items()}
+        misfit = _compare(state, expected, weights.is_backbone and not self.strict)
+        if misfit.wrong and not self.strict and all(_CLASS_HEAD in name for name in misfit.wrong):
+            logging.getLogger(__name__).warning(
+                f"{self._source} was trained on another number of classes: the "
+                f"{len(misfit.wrong)} tensors of the class heads start anew."
             )
+            state = {name: tensor for name, tensor in state.items() if name not in misfit.wrong}
+            misfit.wrong = {}
+        if misfit:
+            raise UserError(self._message(misfit, state, expected))
+        self._compare_options(weights)
+        return super()._load_model({"model": state})
+
+    def _message(self, misfit: "_Misfit", state: State, expected: State) -> str:
+        needed, built = infer_options(state), infer_options(expected)
+        settings = differences(needed, built)
+        if not self.strict:  # training may start from other classes
+            settings.pop("MODEL.DEFORMABLE_DETR.NUM_CLASSES", None)
+        remedy = "Use the configuration that the weights were trained with, or other MODEL.WEIGHTS."
+        if settings:
+            name = variant(needed)
+            if name != variant(built):
+                remedy = f"The weights are of configs/{name}.yaml. "
+            else:
+                remedy = ""
+            remedy += f"Settings that fit them: {as_arguments(settings)}"
         return (
-            f"{self._source} does not fit this model: {'; '.join(parts)}. Use the configuration "
-            "that the weights were trained with, or other MODEL.WEIGHTS."
+            f"{self._source} does not fit this model: {misfit.summary()}.\n{misfit.table()}\n"
+            f"{remedy}"
         )
 
+    def _compare_options(self, weights: Weights) -> None:
+        """Compare what the file tells of its model and no shape shows."""
+        settings = differences(weights.options, built_options(self.model))
+        if not settings:
+            return
+        message = (
+            f"{self._source} is of a model with other settings than this one: "
+            f"{as_arguments(settings)}"
+        )
+        if self.strict:
+            raise UserError(message)
+        logging.getLogger(__name__).warning(message)
 
-def _damaged(path: str, error: Exception) -> UserError:
-    if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower():
-        reason = "it holds other Python objects than tensors and plain values"
-    else:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    return UserError(
-        f"{path} cannot be read as weights ({reason}); the file is damaged or of another kind. "
-        "Copy or download it again."
-    )
+
+@dataclass
+class _Misfit:
+    """What does not fit: names, or names with the shapes in the file and in the model."""
+
+    missing: list[str]
+    left_over: list[str]
+    wrong: dict[str, tuple[list[int], list[int]]]
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.left_over or self.wrong)
+
+    def summary(self) -> str:
+        parts = []
+        if self.missing:
+            parts.append(f"{len(self.missing)} parameters are missing, the first {self.missing[0]}")
+        if self.wrong:
+            name, (in_file, in_model) = next(iter(self.wrong.items()))
+            parts.append(
+                f"{len(self.wrong)} differ in shape, the first {name}: {in_file} in the file, "
+                f"{in_model} in the model"
+            )
+        if self.left_over:
+            parts.append(f"{len(self.left_over)} are left over, the first {self.left_over[0]}")
+        return "; ".join(parts)
+
+    def table(self) -> str:
+        """A line for each kind of name, counted."""
+        rows = [("", "tensors", "name", "in the file", "in the model")]
+        rows += _grouped("missing", {name: ("", "") for name in self.missing})
+        rows += _grouped("other shape", self.wrong)
+        rows += _grouped("left over", {name: ("", "") for name in self.left_over})
+        return tabulate(rows, tablefmt="plain")
 
 
-def _local_path(path: str) -> str:
-    """Path of the file on this machine, after a download where it is a URL."""
-    path = path.partition("?")[0]  # Detectron2 takes options such as ?matching_heuristics=True
-    try:
-        local = PathManager.get_local_path(path)
-    except Exception as error:  # downloads fail in as many ways as there are URLs
-        raise UserError(f"weights {path} cannot be fetched: {error}") from error
-    if not os.path.isfile(local):
-        raise UserError(f"weights {path} do not exist; check MODEL.WEIGHTS.")
-    return local
+def _grouped(kind: str, entries: dict[str, tuple[Any, Any]]) -> list[tuple[Any, ...]]:
+    """Count names that differ in numbers and in the last part only."""
+    groups: dict[str, list[str]] = {}
+    for name in entries:
+        module = re.sub(r"\.\d+(?=\.|$)", ".*", name.rpartition(".")[0]) or name
+        groups.setdefault(module, []).append(name)
+    rows = []
+    for module, names in list(groups.items())[:_MAX_LINES]:
+        if len(names) == 1:
+            module = names[0]
+        elif len({name.rpartition(".")[2] for name in names}) == 1:
+            module += "." + names[0].rpartition(".")[2]
+        else:
+            module += ".*"
+        rows.append((kind, len(names), module, *map(str, entries[names[0]])))
+        kind = ""
+    rest = sum(len(names) for names in list(groups.values())[_MAX_LINES:])
+    if rest:
+        rows.append(("", rest, "others", "", ""))
+    return rows
+
+
+def _compare(state: State, expected: State, backbone_only: bool) -> _Misfit:
+    """Compare weights with what the model has, leaving out counters of training steps."""
+    missing = [name for name in expected if name not in state and not _is_counter(name)]
+    left_over = [name for name in state if name not in expected and not _is_counter(name)]
+    if backbone_only:
+        missing = [
+            name
+            for name in missing
+            if name.startswith("backbone.") and not any(x in name for x in _BEYOND_IMAGENET)
+        ]
+        # Stages that the model does not have may stay behind, blocks of its stages may not.
+        parts = {_part(name) for name in expected}
+        left_over = [name for name in left_over if _part(name) in parts]
+    wrong = {
+        name: (list(tensor.shape), list(expected[name].shape))
+        for name, tensor in state.items()
+        if name in expected and tensor.shape != expected[name].shape
+    }
+    return _Misfit(missing, left_over, wrong)
+
+
+def _is_counter(name: str) -> bool:
+    return name.endswith("num_batches_tracked")
+
+
+def _part(name: str) -> str:
+    """``res2`` of ``backbone.res2.0.conv1.weight``."""
+    return re.sub(r"^backbone\.(bottom_up\.)?", "", name).partition(".")[0]
 
 
 def read_class_names(path: str) -> list[str] | None:
-    """Class names stored in the checkpoint at ``path``; None where it has none.
+    """Names of the classes of the weights at ``path``; None where they do not tell.
 
     Raises:
         UserError: if the file is missing or damaged.
     """
-    local = _local_path(path)
-    if not local.endswith(".pth"):
-        return None
-    try:
-        checkpoint = torch.load(local, map_location="cpu", weights_only=True)
-        return checkpoint.get("class_names")
-    except _DAMAGED as error:
-        raise _damaged(path, error) from error
+    return read_weights(path).class_names

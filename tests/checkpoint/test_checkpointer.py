@@ -59,11 +59,21 @@ def test_imagenet_backbone(norm, tmp_path):
         DetrCheckpointer(target, strict=True).load(path)
 
 
-def test_imagenet_backbone_of_another_depth_or_width(tmp_path):
-    path = imagenet_file(tmp_path, build())
-    for opts in (["MODEL.RESNETS.DEPTH", "101"], ["MODEL.RESNETS.WIDTH_PER_GROUP", "16"]):
-        with pytest.raises(UserError, match="does not fit this model.*missing, the first backbone"):
-            DetrCheckpointer(build(*opts)).load(path)
+@pytest.mark.parametrize(
+    "setting, other, words",
+    [
+        ("DEPTH", ("50", "101"), "255 parameters are missing, the first backbone.res4.6"),
+        ("DEPTH", ("101", "50"), "255 are left over, the first backbone.res4.6"),
+        ("WIDTH_PER_GROUP", ("8", "16"), "176 differ in shape, the first backbone.res2.0"),
+    ],
+)
+def test_imagenet_backbone_of_another_depth_or_width(setting, other, words, tmp_path):
+    key = f"MODEL.RESNETS.{setting}"
+    in_file, in_model = other
+    path = imagenet_file(tmp_path, build(key, in_file))
+    with pytest.raises(UserError, match=f"does not fit this model: {words}") as caught:
+        DetrCheckpointer(build(key, in_model)).load(path)
+    assert str(caught.value).endswith(f"Settings that fit them: {key} {in_file}")
 
 
 def test_imagenet_backbone_for_deformable_convolutions(tmp_path):
@@ -96,5 +106,5 @@ def test_files_of_other_kinds(name, content, tmp_path):
     with pytest.raises(UserError, match="cannot be read as weights|holds no weights"):
         DetrCheckpointer(build()).load(str(path))
     if name == "x.pth":
-        with pytest.raises(UserError, match="cannot be read as weights"):
+        with pytest.raises(UserError, match="cannot be read as weights|holds no weights"):
             read_class_names(str(path))

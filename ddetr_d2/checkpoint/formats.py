@@ -1,0 +1,251 @@
+"""Recognise whose weights a file holds, by their names, and give them the names of this project."""
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from torch import Tensor
+
+from ..errors import UserError
+from .files import local_path, read_file
+from .names import (
+    DETREX,
+    REFERENCE,
+    TORCHVISION_RESNET,
+    State,
+    prefixed,
+    rename,
+    reverse,
+    split_heads,
+)
+from .transformers import class_names_of, from_transformers, options_of
+
+_THINGS = [category for category in COCO_CATEGORIES if category["isthing"]]
+COCO_NAMES = [category["name"] for category in _THINGS]
+COCO_IDS = [category["id"] for category in _THINGS]
+# Outputs of models that count COCO's classes by category id: 0 to 90, eleven of them unused.
+NUM_COCO_IDS = 1 + max(COCO_IDS)
+
+# Entries that are no weights of ours: classifiers of backbones, counters of training and profiling.
+_IGNORED = re.compile(
+    r"(?:.*\.)?(?:fc|fc1000|linear_head|total_ops|total_params)(?:\..+)?|pred_[wb]"
+)
+
+
+@dataclass
+class Weights:
+    """Weights under this project's names, and what else their file tells.
+
+    Attributes:
+        format: whose they were, in words.
+        model: a state of :class:`ddetr_d2.modeling.DeformableDETR`, or of its backbone alone.
+        class_names: name of each class, where the file tells or implies them.
+        options: configuration keys and values that cannot be told from the weights.
+        coco_ids: the class outputs are counted by COCO category id; see :func:`to_contiguous`.
+        rest: further entries of a checkpoint of this project.
+    """
+
+    format: str
+    model: State
+    class_names: list[str] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    coco_ids: bool = False
+    rest: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_backbone(self) -> bool:
+        """Whether there is nothing but a backbone."""
+        return all(name.startswith("backbone.") for name in self.model)
+
+
+def read_weights(path: str, allow_pickle: bool = False, shown: str = "") -> Weights:
+    """Read weights of any known format.
+
+    Args:
+        path: a file, a URL, or a folder of Hugging Face transformers.
+        allow_pickle: see :func:`ddetr_d2.checkpoint.files.read_file`.
+        shown: what to call the file in messages; ``path`` by default.
+
+    Raises:
+        UserError: if there is no such file, or it is damaged, unsafe or of no known format.
+    """
+    shown = shown or path
+    path = local_path(path)
+    content = read_file(path, allow_pickle, shown)
+    state = _state(content)
+    if not state:
+        raise UserError(
+            f"{shown} holds no weights; name a checkpoint (.pth), a folder of transformers, or a "
+            "backbone (.pkl, .pth, .safetensors)."
+        )
+    for pattern, convert in _FORMATS:
+        if any(pattern.match(name) for name in state):
+            return convert(state, content, path)
+    names = ", ".join(list(state)[:3])
+    raise UserError(
+        f"{shown} holds weights of an unknown model ({names}, ...); known are Deformable DETR of "
+        "the reference implementation, of transformers and of detrex, and ResNets."
+    )
+
+
+def _state(content: Any) -> State:
+    """The tensors of a file, wherever in it they are."""
+    if not isinstance(content, Mapping):
+        return {}
+    for key in ("model", "model_state", "state_dict", "blobs"):
+        if isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    state = {}
+    for name, value in content.items():
+        if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+            value = torch.from_numpy(np.array(value))
+        if isinstance(value, Tensor) and isinstance(name, str):
+            state[name] = value
+    if state and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return {name: tensor for name, tensor in state.items() if not _IGNORED.fullmatch(name)}
+
+
+def _own(state: State, content: Any, path: str) -> Weights:
+    if "model" not in content:
+        return Weights("ddetr_d2", state)
+    rest = {key: value for key, value in content.items() if key != "model"}
+    names, options = rest.get("class_names"), rest.get("options")
+    return Weights(
+        "ddetr_d2",
+        state,
+        [str(name) for name in names] if isinstance(names, list) else None,
+        options if isinstance(options, dict) else {},
+        rest=rest,
+    )
+
+
+def _reference(state: State, content: Any, path: str) -> Weights:
+    converted = split_heads(rename(_without_counters(state), reverse(REFERENCE)))
+    args = content.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    args = args if isinstance(args, dict) else {}
+    node = "MODEL.DEFORMABLE_DETR."
+    keys = {
+        "nheads": f"{node}NUM_HEADS",
+        "num_queries": f"{node}NUM_QUERIES",
+        "enc_n_points": f"{node}ENC_POINTS",
+        "dec_n_points": f"{node}DEC_POINTS",
+        "dropout": f"{node}DROPOUT",
+    }
+    options = {key: args[name] for name, key in keys.items() if name in args}
+    if "dilation" in args:
+        options["MODEL.RESNETS.RES5_DILATION"] = 2 if args["dilation"] else 1
+    return _with_classes(Weights("reference implementation", converted, options=options))
+
+
+def _detrex(state: State, content: Any, path: str) -> Weights:
+    first_extra = len({name.split(".")[2] for name in state if name.startswith("neck.convs.")})
+    state = {
+        re.sub(
+            r"^neck\.extra_convs\.(\d+)", lambda m: f"neck.convs.{first_extra + int(m[1])}", name
+        ): tensor
+        for name, tensor in _without_counters(state).items()
+    }
+    return _with_classes(Weights("detrex", split_heads(rename(state, reverse(DETREX)))))
+
+
+def _transformers(state: State, content: Any, path: str) -> Weights:
+    weights = Weights("transformers", from_transformers(state))
+    config_file = os.path.join(os.path.dirname(path), "config.json")
+    if os.path.isfile(config_file):
+        try:
+            with open(config_file) as file:
+                config = json.load(file)
+            weights.options, weights.class_names = options_of(config), class_names_of(config)
+        except UserError as error:
+            raise UserError(f"{config_file}: {error}") from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{config_file} is no configuration of transformers.") from error
+    return _with_classes(weights)
+
+
+def _resnet(state: State, content: Any, path: str) -> Weights:
+    state = rename(_without_counters(state), prefixed(reverse(TORCHVISION_RESNET), "", "backbone."))
+    known = {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
+    return Weights("ResNet of torchvision or timm", known)
+
+
+def _detectron2(state: State, content: Any, path: str) -> Weights:
+    state = _without_counters(state)
+    if any(name.startswith("backbone.") for name in state):  # a detector's
+        state = {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
+    start = re.compile(r"^(backbone\.)?(bottom_up\.)?")
+    return Weights("Detectron2 backbone", {start.sub("backbone.", k): v for k, v in state.items()})
+
+
+def _caffe2(state: State, content: Any, path: str) -> Weights:
+    state = {k: v for k, v in state.items() if not k.endswith("_momentum")}
+    converted, _ = convert_c2_detectron_names(state)
+    # The running statistics of these backbones are merged into scale and shift.
+    for name, tensor in list(converted.items()):
+        if name.endswith(".norm.weight"):
+            start = name.removesuffix("weight")
+            converted.setdefault(f"{start}running_mean", torch.zeros_like(tensor))
+            converted.setdefault(f"{start}running_var", torch.ones_like(tensor))
+    return Weights("Caffe2 backbone", {f"backbone.{k}": v for k, v in converted.items()})
+
+
+def _without_counters(state: State) -> State:
+    return {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+
+
+# By names that no other format has, most telling first.
+_FORMATS = [
+    (re.compile(pattern), convert)
+    for pattern, convert in (
+        (r"projection\.|transformer\.(queries|decoder\.heads)\.", _own),
+        (r"model\.(encoder|decoder)\.layers\.\d+\.\w+\.sampling_offsets\.", _transformers),
+        (r"neck\.convs\.|transformer\.\w+\.layers\.\d+\.attentions\.", _detrex),
+        (r"backbone\.0\.body\.|transformer\.\w+\.layers\.\d+\.\w+\.sampling_offs", _reference),
+        (r"layer\d\.\d+\.conv1\.", _resnet),
+        (r"(backbone|stem|res[2-5]\.\d+)\.", _detectron2),
+        (r"(conv1|res\d_\d+_branch2a)_w", _caffe2),
+    )
+]
+
+
+def _with_classes(weights: Weights) -> Weights:
+    """Tell COCO's classes from the number of outputs, or from the names where there are any."""
+    outputs = num_classes(weights.model)
+    names = weights.class_names
+    if names and len(names) != outputs:
+        names = None
+    if outputs == NUM_COCO_IDS and (not names or [names[i] for i in COCO_IDS] == COCO_NAMES):
+        weights.coco_ids, names = True, COCO_NAMES
+    elif outputs == len(COCO_NAMES) and not names:
+        names = COCO_NAMES
+    weights.class_names = names
+    return weights
+
+
+def num_classes(state: Mapping[str, Any]) -> int:
+    """Class outputs of a detector's state; 0 for a backbone."""
+    bias = state.get("transformer.decoder.heads.0.class_embed.bias")
+    return 0 if bias is None else bias.shape[0]
+
+
+def to_contiguous(state: State) -> State:
+    """Reduce class outputs counted by COCO category id to the 80 classes of Detectron2."""
+    result = dict(state)
+    for name, tensor in state.items():
+        if re.match(r"transformer\.decoder\.heads\.\d+\.class_embed\.", name):
+            result[name] = tensor[COCO_IDS]
+        elif name.startswith("transformer.queries.head.class_embed."):
+            # Output 0 of the proposals says "object" whatever the class: it has to stay first.
+            result[name] = tensor[: len(COCO_IDS)]
+    return result
