@@ -12,6 +12,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 from .sampling import SamplingPoints
 
@@ -77,8 +78,12 @@ def _draw_panel(axes: Axes, image: np.ndarray, panel: SamplingPanel, aspect: flo
     locations, weights = locations[order], weights[order]
     low, high = _view(locations, weights, panel, image.shape[:2], aspect)
 
-    height, width = image.shape[:2]
-    axes.imshow(image, extent=(0, width, height, 0), interpolation="nearest")
+    left, top = np.maximum(low, 0).astype(int)
+    right, bottom = np.minimum(np.ceil(high).astype(int), image.shape[1::-1])
+    # Matplotlib needs a hundred bytes for a pixel: it gets those that can be seen.
+    part = Image.fromarray(image[top:bottom, left:right])
+    part = part.reduce(math.ceil(max(part.size) / (2 * PANEL_SIZE * DPI)))
+    axes.imshow(part, extent=(left, right, bottom, top))
     x0, y0, x1, y1 = panel.box
     axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color=MARKER, linewidth=2))
     share = weights / weights[-1]

@@ -1,6 +1,6 @@
 """Where the last layers of encoder and decoder look (paper, figure 6)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..layers import MSDeformAttn
 from ..modeling import DeformableDETR
-from ..modeling.feature_levels import FeatureLevels
 
 
 @dataclass(frozen=True)
@@ -46,14 +45,14 @@ class SamplingRecorder:
     """
 
     def __init__(self, model: DeformableDETR):
-        self._transformer = model.transformer
+        self._projection = model.projection
+        self._encoder = [layer.self_attn for layer in model.transformer.encoder.layers[-1:]]
+        self._decoder = model.transformer.decoder.layers[-1].cross_attn
         self._hooks: list[Any] = []
         self._arguments: dict[nn.Module, tuple] = {}
 
     def __enter__(self) -> "SamplingRecorder":
-        modules = [self._transformer, self._decoder_attention()]
-        if self._transformer.encoder.layers:
-            modules.append(self._encoder_attention())
+        modules = [self._projection, *self._encoder, self._decoder]
         self._hooks = [module.register_forward_pre_hook(self._remember) for module in modules]
         return self
 
@@ -68,7 +67,7 @@ class SamplingRecorder:
             query: its index, as ``Instances.queries`` of a detection has it.
             image_size: (height, width) of the image in whose pixels the answer is wanted.
         """
-        return self._points(self._decoder_attention(), int(query), image_size)
+        return self._points(self._decoder, int(query), image_size)
 
     def encoder_points(self, pixel: tuple[int, int], image_size: tuple[int, int]) -> SamplingPoints:
         """Where the last encoder layer looks from the finest level's token at a pixel.
@@ -81,52 +80,45 @@ class SamplingRecorder:
             UserError: the pixel lies outside of the image, or the model has no encoder layer.
         """
         check_pixel(pixel, image_size)
-        if not self._transformer.encoder.layers:
+        if not self._encoder:
             raise UserError(
-                "there are no sampling points of the encoder: MODEL.DEFORMABLE_DETR.ENC_LAYERS "
-                "is 0."
+                "the model has no encoder whose sampling points could be shown: "
+                "MODEL.DEFORMABLE_DETR.ENC_LAYERS is 0."
             )
-        levels = self._levels()
-        size = torch.tensor([image_size[1], image_size[0]], dtype=torch.float64)
-        height, width = levels.spatial_shapes[0]
-        cells = torch.tensor([width, height]) * levels.valid_ratios[0, 0].cpu().double()
-        column, row = ((torch.tensor(pixel) + 0.5) / size * cells).long().tolist()
-        points = self._points(self._encoder_attention(), row * width + column, image_size)
-        corners = torch.tensor([[column, row], [column + 1, row + 1]]) / cells * size
-        return SamplingPoints(
-            points.reference, points.locations, points.weights, tuple(corners.flatten().tolist())
-        )
-
-    def _encoder_attention(self) -> MSDeformAttn:
-        return self._transformer.encoder.layers[-1].self_attn
-
-    def _decoder_attention(self) -> MSDeformAttn:
-        return self._transformer.decoder.layers[-1].cross_attn
+        spatial_shapes = self._arguments[self._encoder[0]][3]
+        height, width = spatial_shapes[0]
+        cell = self._padded_size(image_size) / torch.tensor([width, height])
+        column, row = ((torch.tensor(pixel) + 0.5) / cell).long().tolist()
+        points = self._points(self._encoder[0], row * width + column, image_size)
+        corners = torch.tensor([[column, row], [column + 1, row + 1]]) * cell
+        return replace(points, cell=tuple(corners.flatten().tolist()))
 
     def _remember(self, module: nn.Module, arguments: tuple) -> None:
         self._arguments[module] = arguments
 
-    def _levels(self) -> FeatureLevels:
-        if self._transformer not in self._arguments:
-            raise RuntimeError("SamplingRecorder: the model has not run in the with block")
-        return self._arguments[self._transformer][0]
+    def _padded_size(self, image_size: tuple[int, int]) -> Tensor:
+        """(width, height) of what the levels cover, the image and its padding, in pixels of the
+        image."""
+        height, width = image_size
+        inside = ~self._arguments[self._projection][1][0]  # (H, W)
+        return (
+            torch.tensor([width, height])
+            / torch.stack([inside[0].float().mean(), inside[:, 0].float().mean()]).cpu()
+        )
 
     @torch.no_grad()
     def _points(
         self, attention: MSDeformAttn, query: int, image_size: tuple[int, int]
     ) -> SamplingPoints:
-        levels = self._levels()
         content, reference, _, spatial_shapes, *_ = self._arguments[attention]
         chosen = slice(query, query + 1)
         reference = reference[:1, chosen]
         locations, weights = attention.sampling(content[:1, chosen], reference, spatial_shapes)
-        # Fractions of the padded levels become fractions of the image as in token_centers(), so
-        # that a reference point lies where the model itself takes it to be.
-        height, width = image_size
-        scale = reference.new_tensor([width, height]) / levels.valid_ratios[0]  # (L, 2)
+        size = self._padded_size(image_size)
         return SamplingPoints(
-            (reference[0, 0, 0, :2] * scale[0]).cpu(),
-            (locations[0, 0] * scale[:, None]).cpu(),
+            # That of the finest level; on padded images those of other levels can lie beside it.
+            reference[0, 0, 0, :2].cpu() * size,
+            locations[0, 0].cpu() * size,
             weights[0, 0].cpu(),
         )
 
