@@ -73,6 +73,15 @@ class DetrCheckpointer(DetectionCheckpointer):
         finally:
             self._parsed_url_during_load = None
 
+    def load_weights(self, weights: Weights, name: str) -> None:
+        """Load weights that are read already; ``name`` is what messages call them.
+
+        Raises:
+            UserError: if they do not fit the model.
+        """
+        self._source = name
+        self._load_model({"model": weights})
+
     def _load_file(self, filename: str) -> dict[str, Any]:
         weights = read_weights(filename, shown=self._source)
         if weights.format != "ddetr_d2":
@@ -199,8 +208,9 @@ def _compare(state: State, expected: State, backbone_only: bool) -> _Misfit:
             if name.startswith("backbone.") and not any(x in name for x in _BEYOND_IMAGENET)
         ]
         # Stages that the model does not have may stay behind, blocks of its stages may not.
-        parts = {_part(name) for name in expected}
-        left_over = [name for name in left_over if _part(name) in parts]
+        blocks = {_block(name) for name in expected}
+        stages = {stage for stage, _ in blocks}
+        left_over = [n for n in left_over if _block(n) not in blocks and _block(n)[0] in stages]
     wrong = {
         name: (list(tensor.shape), list(expected[name].shape))
         for name, tensor in state.items()
@@ -213,9 +223,10 @@ def _is_counter(name: str) -> bool:
     return name.endswith("num_batches_tracked")
 
 
-def _part(name: str) -> str:
-    """``res2`` of ``backbone.res2.0.conv1.weight``."""
-    return re.sub(r"^backbone\.(bottom_up\.)?", "", name).partition(".")[0]
+def _block(name: str) -> tuple[str, str]:
+    """``("res2", "0")`` of ``backbone.res2.0.conv1.weight``; nothing for other names."""
+    match = re.match(r"backbone\.(?:bottom_up\.)?(res\d)\.(\d+)\.", name)
+    return (match[1], match[2]) if match else ("", "")
 
 
 def read_class_names(path: str) -> list[str] | None:

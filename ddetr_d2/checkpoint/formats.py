@@ -119,18 +119,21 @@ def _own(state: State, content: Any, path: str) -> Weights:
     if "model" not in content:
         return Weights("ddetr_d2", state)
     rest = {key: value for key, value in content.items() if key != "model"}
-    names, options = rest.get("class_names"), rest.get("options")
-    return Weights(
-        "ddetr_d2",
-        state,
+    return Weights("ddetr_d2", state, *_told(content), rest=rest)
+
+
+def _told(content: Any) -> tuple[list[str] | None, dict[str, Any]]:
+    """Class names and options that this project has written beside the weights."""
+    names, options = content.get("class_names"), content.get("options")
+    return (
         [str(name) for name in names] if isinstance(names, list) else None,
         options if isinstance(options, dict) else {},
-        rest=rest,
     )
 
 
 def _reference(state: State, content: Any, path: str) -> Weights:
     converted = split_heads(rename(_without_counters(state), reverse(REFERENCE)))
+    names, options = _told(content)
     args = content.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     args = args if isinstance(args, dict) else {}
@@ -142,10 +145,10 @@ def _reference(state: State, content: Any, path: str) -> Weights:
         "dec_n_points": f"{node}DEC_POINTS",
         "dropout": f"{node}DROPOUT",
     }
-    options = {key: args[name] for name, key in keys.items() if name in args}
+    options |= {key: args[name] for name, key in keys.items() if name in args}
     if "dilation" in args:
         options["MODEL.RESNETS.RES5_DILATION"] = 2 if args["dilation"] else 1
-    return _with_classes(Weights("reference implementation", converted, options=options))
+    return _with_classes(Weights("reference implementation", converted, names, options))
 
 
 def _detrex(state: State, content: Any, path: str) -> Weights:
