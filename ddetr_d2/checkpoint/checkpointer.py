@@ -212,9 +212,9 @@ def _compare(state: State, expected: State, backbone_only: bool) -> _Misfit:
         stages = {stage for stage, _ in blocks}
         left_over = [n for n in left_over if _block(n) not in blocks and _block(n)[0] in stages]
     wrong = {
-        name: (list(tensor.shape), list(expected[name].shape))
-        for name, tensor in state.items()
-        if name in expected and tensor.shape != expected[name].shape
+        name: (list(state[name].shape), list(tensor.shape))
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
     }
     return _Misfit(missing, left_over, wrong)
 

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from detectron2.utils.file_io import PathManager
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..errors import UserError
@@ -38,6 +39,7 @@ _DAMAGED = (
     MemoryError,
     struct.error,
     pickle.UnpicklingError,
+    SafetensorError,
 )
 
 

@@ -108,3 +108,76 @@ def test_files_of_other_kinds(name, content, tmp_path):
     if name == "x.pth":
         with pytest.raises(UserError, match="cannot be read as weights|holds no weights"):
             read_class_names(str(path))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_nothing_of_a_partial_file_is_loaded(strict, tmp_path):
+    path = str(tmp_path / "partial.pth")
+    state = build().state_dict()
+    gone = [name for name in state if ".encoder.layers.0.ffn." in name]
+    for name in gone:
+        state[name.replace("ffn", "mlp")] = state.pop(name)
+    state["transformer.queries.query_embed.weight"] = torch.zeros(7, 128)
+    write(path, {"model": state})
+    model = build()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UserError) as caught:
+        DetrCheckpointer(model, strict=strict).load(path)
+    lines = str(caught.value).splitlines()
+    assert path in lines[0]
+    assert "6 parameters are missing" in lines[0]
+    assert "1 differ in shape" in lines[0]
+    assert "6 are left over" in lines[0]
+    assert [line.split() for line in lines[2:4]] == [
+        ["missing", "2", "transformer.encoder.layers.*.ffn.linear1.*"],
+        ["2", "transformer.encoder.layers.*.ffn.linear2.*"],
+    ]
+    assert lines[-1] == "Settings that fit them: MODEL.DEFORMABLE_DETR.NUM_QUERIES 7"
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize(
+    "in_file, in_model, setting",
+    [
+        ("deformable_detr_refine_two_stage", "deformable_detr_refine", "TWO_STAGE True"),
+        ("deformable_detr_refine", "deformable_detr", "WITH_BOX_REFINE True"),
+        ("deformable_detr", "deformable_detr_refine", "WITH_BOX_REFINE False"),
+        ("deformable_detr_single_scale", "deformable_detr", "NUM_FEATURE_LEVELS 1"),
+    ],
+)
+def test_weights_of_another_variant_name_it(in_file, in_model, setting, tmp_path):
+    DetrCheckpointer(build(variant=in_file), str(tmp_path)).save("a")
+    with pytest.raises(UserError) as caught:
+        DetrCheckpointer(build(variant=in_model)).load(str(tmp_path / "a.pth"))
+    last = str(caught.value).splitlines()[-1]
+    assert f"weights are of configs/{in_file}.yaml. " in last
+    assert f"MODEL.DEFORMABLE_DETR.{setting}" in last
+
+
+def test_more_layers_than_the_model_has(tmp_path):
+    layers = "MODEL.DEFORMABLE_DETR.ENC_LAYERS"
+    DetrCheckpointer(build(layers, "2"), str(tmp_path)).save("a")
+    with pytest.raises(UserError, match=f"left over.*\n(.*\n)*.*fit them: {layers} 2"):
+        DetrCheckpointer(build()).load(str(tmp_path / "a.pth"))
+
+
+def test_dilation_is_kept_with_the_weights(tmp_path):
+    single, dilated = "deformable_detr_single_scale", "deformable_detr_single_scale_dc5"
+    DetrCheckpointer(build(variant=dilated), str(tmp_path)).save("a")
+    path = str(tmp_path / "a.pth")
+    with pytest.raises(UserError, match="other settings than this one: MODEL.RESNETS.RES5_DILATIO"):
+        DetrCheckpointer(build(variant=single), strict=True).load(path)
+    DetrCheckpointer(build(variant=single)).load(path)  # training may go on without
+    DetrCheckpointer(build(variant=dilated), strict=True).load(path)
+
+
+def test_parallel_and_half_precision_weights(tmp_path):
+    source = build().half()
+    state = {f"module.{name}": tensor for name, tensor in source.state_dict().items()}
+    write(tmp_path / "a.pth", {"model": state})
+    target = build()
+    DetrCheckpointer(target, strict=True).load(str(tmp_path / "a.pth"))
+    for ours, theirs in zip(target.parameters(), source.parameters(), strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, theirs.float())
