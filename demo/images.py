@@ -80,7 +80,8 @@ def run_on_images(
             panels = sampling.panels(recorder, instances, metadata)
             if panels:
                 pictures.append(draw_sampling(image[:, :, ::-1], panels)[:, :, ::-1])
-                files += [] if sampling.files is None else [sampling.files[index]]
+                if sampling.files:
+                    files.append(sampling.files[index])
             else:
                 message += ", none to show sampling points of"
         for file, picture in zip(files, pictures, strict=bool(files)):

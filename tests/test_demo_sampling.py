@@ -155,12 +155,19 @@ def test_decoder_of_the_two_stage_variant_looks_at_the_box(build):
 
 def test_weights_of_a_head_sum_to_one_and_are_those_of_the_last_layer(build):
     model = build()
-    encoder = model.transformer.encoder.layers[-1].self_attn
-    torch.nn.init.normal_(encoder.attention_weights.weight)
-    recorder, _ = record(model, 64, 96)
-    weights = recorder.encoder_points((5, 5), (128, 192)).weights
-    torch.testing.assert_close(weights.sum((1, 2)), torch.ones(4))
-    assert weights.std() > 0.01
+    transformer = model.transformer  # the weights of the other layers stay equal
+    for attention in (
+        transformer.encoder.layers[-1].self_attn,
+        transformer.decoder.layers[-1].cross_attn,
+    ):
+        torch.nn.init.normal_(attention.attention_weights.weight)
+    recorder, instances = record(model, 64, 96)
+    size = instances.image_size
+    encoder = recorder.encoder_points((5, 5), size)
+    decoder = recorder.decoder_points(instances.queries[0], size)
+    for points in (encoder, decoder):
+        torch.testing.assert_close(points.weights.sum((1, 2)), torch.ones(4))
+        assert points.weights.std() > 0.01
 
 
 def test_hooks_are_removed(build):
@@ -180,13 +187,15 @@ def test_mistakes_in_python(build):
         recorder.encoder_points((192, 5), (128, 192))
     with pytest.raises(UserError, match="ENC_LAYERS is 0"):
         recorder.encoder_points((5, 5), (128, 192))
+    with pytest.raises(UserError, match="the model is a Linear"):
+        SamplingRecorder(torch.nn.Linear(1, 1))
 
 
 def panel(x, y, box):
     """Two points right and left of (x, y), the left one with all the weight."""
     locations = torch.tensor([[x + 10.0, y], [x - 10.0, y]]).view(1, 1, 2, 2)
     weights = torch.tensor([0.0, 1.0]).view(1, 1, 2)
-    return SamplingPanel("title", SamplingPoints(torch.tensor([x, y]), locations, weights), box)
+    return SamplingPanel("$_{", SamplingPoints(torch.tensor([x, y]), locations, weights), box)
 
 
 def test_the_picture_shows_points_in_the_colour_of_their_weight():

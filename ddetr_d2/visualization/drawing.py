@@ -18,7 +18,7 @@ from .sampling import SamplingPoints
 
 PANEL_SIZE = 5.0  # inches, the longer side
 DPI = 100
-COLORS = "plasma"  # dark to bright, also for eyes that tell no red from green
+COLORS = "plasma"  # dark to bright
 MARKER = "#00e000"
 # Points with less than this share of the largest weight may lie outside of the view.
 NEGLIGIBLE = 0.1
@@ -34,7 +34,7 @@ class SamplingPanel:
     Attributes:
         title: what is written above it.
         points: the points in it.
-        box: (x0, y0, x1, y1) of a detection, in pixels of the image.
+        box: (x0, y0, x1, y1) of the detection or of the token's cell, in pixels of the image.
     """
 
     title: str
@@ -109,7 +109,7 @@ def _draw_panel(axes: Axes, image: np.ndarray, panel: SamplingPanel, aspect: flo
     axes.set_xlim(low[0], high[0])
     axes.set_ylim(high[1], low[1])
     axes.set_facecolor("0.85")
-    axes.set_title(panel.title, fontsize=11)
+    axes.set_title(panel.title, fontsize=11, parse_math=False)  # names may hold a $
     axes.tick_params(labelsize=8)
     hidden = weights[((locations < low) | (locations > high)).any(1)].sum() / weights.sum()
     if hidden >= 0.005:

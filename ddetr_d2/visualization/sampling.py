@@ -40,11 +40,18 @@ class SamplingRecorder:
             instances = predictor(image)["instances"]
         points = recorder.decoder_points(instances.queries[0], image.shape[:2])
 
-    The forward pass in the ``with`` block has to be of one image; of several passes the last one
-    counts.
+    A forward pass of one image has to run in the ``with`` block; of several the last one counts.
+
+    Raises:
+        UserError: the model is of another kind.
     """
 
     def __init__(self, model: DeformableDETR):
+        if not isinstance(model, DeformableDETR):
+            raise UserError(
+                f"only a DeformableDETR has sampling points; the model is a {type(model).__name__} "
+                "(MODEL.META_ARCHITECTURE)."
+            )
         self._projection = model.projection
         self._encoder = [layer.self_attn for layer in model.transformer.encoder.layers[-1:]]
         self._decoder = model.transformer.decoder.layers[-1].cross_attn
@@ -117,9 +124,9 @@ class SamplingRecorder:
         size = self._padded_size(image_size)
         return SamplingPoints(
             # That of the finest level; on padded images those of other levels can lie beside it.
-            reference[0, 0, 0, :2].cpu() * size,
-            locations[0, 0].cpu() * size,
-            weights[0, 0].cpu(),
+            reference[0, 0, 0, :2].float().cpu() * size,
+            locations[0, 0].float().cpu() * size,
+            weights[0, 0].float().cpu(),
         )
 
 
