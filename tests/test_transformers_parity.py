@@ -18,8 +18,10 @@ import timm
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torchvision.ops import box_convert
 from transformers import (
     DeformableDetrConfig,
     DeformableDetrForObjectDetection,
@@ -40,12 +42,14 @@ from .conftest import ROOT, TINY, VARIANTS
 
 CLASSES = 5
 # Height and width of the images; the second is padded at the right and the bottom.
-SIZES = [(96, 128), (80, 112)]
+SIZES = [(64, 96), (30, 60)]
 OPTIONS = [
     *TINY,
     *("MODEL.RESNETS.NORM", "FrozenBN"),
     *("MODEL.RESNETS.STEM_OUT_CHANNELS", "64"),
     *("MODEL.DEFORMABLE_DETR.NUM_CLASSES", str(CLASSES)),
+    *("MODEL.DEFORMABLE_DETR.NUM_HEADS", "4"),
+    *("MODEL.DEFORMABLE_DETR.ENC_POINTS", "2"),
     *("MODEL.DEFORMABLE_DETR.ENC_LAYERS", "2"),
     *("MODEL.DEFORMABLE_DETR.DEC_LAYERS", "3"),
     *("MODEL.DEFORMABLE_DETR.DROPOUT", "0.0"),
@@ -75,8 +79,8 @@ class Results(NamedTuple):
     gradients: dict[str, Tensor]
 
 
-def make_batch(dtype: torch.dtype) -> Batch:
-    generator = torch.Generator().manual_seed(1)
+def make_batch(dtype: torch.dtype, seed: int) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
     height, width = (max(size) for size in zip(*SIZES, strict=True))
     images = torch.zeros(len(SIZES), 3, height, width, dtype=dtype)
     padding_mask = torch.ones(len(SIZES), height, width, dtype=torch.bool)
@@ -92,7 +96,7 @@ def make_batch(dtype: torch.dtype) -> Batch:
 
 
 def make_pair(
-    variant: str, made: str, folder: Path
+    variant: str, made: str, folder: Path, seed: int = 0
 ) -> tuple[CfgNode, DeformableDETR, DeformableDetrForObjectDetection]:
     """Both models with the same random weights, made ``"here"`` or ``"there"``.
 
@@ -105,7 +109,7 @@ def make_pair(
     cfg = setup_cfg(str(ROOT / "configs" / f"{variant}.yaml"), options)
     here = build_model(cfg)
     if made == "here":
-        randomise(here)
+        randomise(here, seed)
         weights, config = to_transformers(here.state_dict(), cfg)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(config))
@@ -115,10 +119,10 @@ def make_pair(
         assert not any(report.values()), report
     else:
         there = build_there(cfg)
-        randomise(there)
+        randomise(there, seed)
         there.save_pretrained(folder)
         here.load_state_dict(from_transformers(load_file(folder / "model.safetensors")))
-    # transformers freezes parts of the backbone.
+    # transformers freezes backbones, wholly or in part.
     return cfg, here, there.requires_grad_()
 
 
@@ -136,8 +140,12 @@ def build_there(cfg: CfgNode) -> DeformableDetrForObjectDetection:
         d_model=node.HIDDEN_DIM,
         encoder_layers=node.ENC_LAYERS,
         encoder_ffn_dim=node.DIM_FEEDFORWARD,
+        encoder_attention_heads=node.NUM_HEADS,
+        encoder_n_points=node.ENC_POINTS,
         decoder_layers=node.DEC_LAYERS,
         decoder_ffn_dim=node.DIM_FEEDFORWARD,
+        decoder_attention_heads=node.NUM_HEADS,
+        decoder_n_points=node.DEC_POINTS,
         num_queries=node.NUM_QUERIES,
         two_stage_num_proposals=node.NUM_QUERIES,
         num_feature_levels=node.NUM_FEATURE_LEVELS,
@@ -159,9 +167,9 @@ def build_there(cfg: CfgNode) -> DeformableDetrForObjectDetection:
     return model
 
 
-def randomise(model: nn.Module) -> None:
+def randomise(model: nn.Module, seed: int) -> None:
     """Give every weight, bias and statistic random values, so that each of them matters."""
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(seed)
     embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
@@ -188,6 +196,16 @@ def results_here(model: DeformableDETR, batch: Batch) -> Results:
     return Results(predictions, losses, {n: p.grad for n, p in model.named_parameters()})
 
 
+def losses_there(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The losses of transformers under their names here and with their weights."""
+    losses = {}
+    for theirs, (ours, weight) in LOSSES.items():
+        for name, term in terms.items():
+            if name.startswith(theirs):
+                losses[name.replace(theirs, ours)] = weight * term
+    return losses
+
+
 def results_there(model: DeformableDetrForObjectDetection, batch: Batch) -> Results:
     labels = [{"class_labels": t.labels, "boxes": t.boxes} for t in batch.targets]
     output = model(batch.images, pixel_mask=(~batch.padding_mask).long(), labels=labels)
@@ -212,11 +230,7 @@ def results_there(model: DeformableDetrForObjectDetection, batch: Batch) -> Resu
         extra = criterion({"logits": logits, "pred_boxes": boxes}, labels)
         terms |= {f"{name}_enc": term for name, term in extra.items()}
 
-    losses = {}
-    for theirs, (ours, weight) in LOSSES.items():
-        for name, term in terms.items():
-            if name.startswith(theirs):
-                losses[name.replace(theirs, ours)] = weight * term
+    losses = losses_there(terms)
     sum(losses.values()).backward()
     # Conversion moves and joins values, so that it works on gradients as it does on weights.
     gradients = from_transformers(
@@ -228,16 +242,18 @@ def results_there(model: DeformableDetrForObjectDetection, batch: Batch) -> Resu
     return Results(predictions, losses, gradients)
 
 
-def assert_equal(here: dict[str, Tensor], there: dict[str, Tensor], tolerance: float) -> None:
-    """Differences are relative to the largest value of a tensor, which must not be zero."""
+def differences(
+    here: dict[str, Tensor], there: dict[str, Tensor], tolerance: float
+) -> dict[str, float]:
+    """Those above the tolerance, relative to the largest value of a tensor, which is not zero."""
     assert here.keys() == there.keys()
-    differences = {}
+    found = {}
     for name, value in here.items():
         largest = there[name].abs().max()
         assert largest > 0, name
-        differences[name] = ((value - there[name]).abs().max() / largest).item()
-    # A difference that is not a number is not small either.
-    assert not {name: x for name, x in differences.items() if not x <= tolerance}
+        found[name] = ((value - there[name]).abs().max() / largest).item()
+    # NaN is a difference as well.
+    return {name: difference for name, difference in found.items() if not difference <= tolerance}
 
 
 class TorchInDouble:
@@ -250,52 +266,72 @@ class TorchInDouble:
 
 
 @pytest.fixture(params=["float32", "float64"])
-def precision(request, monkeypatch) -> tuple[torch.dtype, float]:
-    """A type and the tolerance that goes with it."""
+def precision(request, monkeypatch) -> tuple[torch.dtype, float, int]:
+    """A type, the tolerance that goes with it, and how many draws of weights and images to try.
+
+    Gradients jump where the input of a ReLU crosses zero or a sample the border of two pixels. One
+    of the many such places of a draw is within the rounding of float32 in about one draw in twenty;
+    a wrong gradient is wrong in all of them. In float64 one draw will do.
+    """
     if request.param == "float32":
-        return torch.float32, 1e-4
+        return torch.float32, 1e-4, 4
     # Both models go to float32 in places, for the sake of half precision: here wherever .float()
     # stands, there in the embedding of the proposals' boxes. In double that would be a loss.
     monkeypatch.setattr(Tensor, "float", Tensor.double)
     monkeypatch.setattr(modeling_deformable_detr, "torch", TorchInDouble())
-    return torch.float64, 1e-9
+    return torch.float64, 1e-9, 1
 
 
 @pytest.mark.parametrize("made", ["here", "there"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_predictions_losses_and_gradients(variant, made, precision, tmp_path):
-    dtype, tolerance = precision
-    _, here, there = make_pair(variant, made, tmp_path)
-    batch = make_batch(dtype)
-    ours = results_here(here.to(dtype), batch)
-    theirs = results_there(there.to(dtype), batch)
-    assert_equal(ours.predictions, theirs.predictions, tolerance)
-    assert_equal(ours.losses, theirs.losses, tolerance)
-    # Statistics of batch normalisation have no gradients.
-    gradients = {name: theirs.gradients[name] for name in ours.gradients}
-    assert_equal(ours.gradients, gradients, tolerance)
+    dtype, tolerance, draws = precision
+    for seed in range(draws):
+        _, here, there = make_pair(variant, made, tmp_path, seed)
+        batch = make_batch(dtype, seed)
+        ours = results_here(here.to(dtype), batch)
+        theirs = results_there(there.to(dtype), batch)
+        assert not differences(ours.predictions, theirs.predictions, tolerance)
+        assert not differences(ours.losses, theirs.losses, tolerance)
+        # Statistics of batch normalisation have no gradients.
+        gradients = {name: theirs.gradients[name] for name in ours.gradients}
+        wrong_gradients = differences(ours.gradients, gradients, tolerance)
+        if not wrong_gradients:
+            break
+    assert not wrong_gradients
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_detections(variant, tmp_path):
-    """From images to boxes in pixels, with the image processor there at both ends."""
+def test_from_images_to_losses_and_detections(variant, tmp_path):
+    """With the image processor there at both ends."""
     cfg, here, there = make_pair(variant, "there", tmp_path)
-    generator = torch.Generator().manual_seed(3)
-    images = [torch.randint(256, (3, *size), generator=generator).byte() for size in SIZES]
+    generator = torch.Generator().manual_seed(0)
     sizes = [(480, 640), (300, 420)]
+    targets = make_batch(torch.float32, 0).targets
+    inputs = []
+    for target, (h, w), (height, width) in zip(targets, SIZES, sizes, strict=True):
+        boxes = box_convert(target.boxes, "cxcywh", "xyxy") * torch.tensor([w, h, w, h])
+        instances = Instances((h, w), gt_boxes=Boxes(boxes), gt_classes=target.labels)
+        image = torch.randint(256, (3, h, w), generator=generator).byte()
+        inputs.append({"image": image, "instances": instances, "height": height, "width": width})
+
     processor = DeformableDetrImageProcessor(do_resize=False)
-    inputs = [
-        {"image": image, "height": height, "width": width}
-        for image, (height, width) in zip(images, sizes, strict=True)
-    ]
+    images = processor(images=[x["image"] for x in inputs], return_tensors="pt")
     with torch.no_grad():
+        losses = here.train()(inputs)
         found = here.eval()(inputs)
-        output = there.eval()(**processor(images=images, return_tensors="pt"))
+        # Annotations given to the processor of transformers 5.23 would become fractions of the
+        # padded image, which is not what the model predicts.
+        labels = [{"class_labels": t.labels, "boxes": t.boxes} for t in targets]
+        output = there(**images, labels=labels)
+    decoder = {name: loss for name, loss in losses.items() if not name.endswith("_enc")}
+    assert not differences(decoder, losses_there(output.loss_dict), 1e-4)
+
     wanted = processor.post_process_object_detection(output, threshold=0.0, target_sizes=sizes)
     for ours, theirs, size in zip(found, wanted, sizes, strict=True):
         ours = ours["instances"]
         assert len(ours) == cfg.TEST.DETECTIONS_PER_IMAGE
         assert torch.equal(ours.pred_classes, theirs["labels"])
         torch.testing.assert_close(ours.scores, theirs["scores"], rtol=0, atol=1e-4)
-        tolerance = 1e-4 * max(size)
-        torch.testing.assert_close(ours.pred_boxes.tensor, theirs["boxes"], rtol=0, atol=tolerance)
+        pixels = 1e-4 * max(size)
+        torch.testing.assert_close(ours.pred_boxes.tensor, theirs["boxes"], rtol=0, atol=pixels)
