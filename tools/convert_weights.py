@@ -117,7 +117,7 @@ def convert(args: argparse.Namespace) -> None:
     if weights.coco_ids and args.keep_outputs:
         weights.class_names = None
     elif weights.coco_ids:
-        weights.model = to_contiguous(weights.model)
+        weights = to_contiguous(weights)
         print(f"{outputs} class outputs by COCO category id -> the 80 classes of COCO")
     outputs = num_classes(weights.model)
     names = weights.class_names

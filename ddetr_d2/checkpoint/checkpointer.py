@@ -91,9 +91,9 @@ class DetrCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         weights: Weights = checkpoint.pop("model")
         expected = self.model.state_dict()
-        state = weights.model
         if weights.coco_ids and num_classes(expected) == len(COCO_NAMES):
-            state = to_contiguous(state)
+            weights = to_contiguous(weights)
+        state = weights.model
         if any(name.startswith("backbone.bottom_up.") for name in expected) and weights.is_backbone:
             state = {re.sub(r"^backbone\.", "backbone.bottom_up.", k): v for k, v in state.items()}
         misfit = _compare(state, expected, weights.is_backbone and not self.strict)

@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -242,13 +242,13 @@ def num_classes(state: Mapping[str, Any]) -> int:
     return 0 if bias is None else bias.shape[0]
 
 
-def to_contiguous(state: State) -> State:
+def to_contiguous(weights: Weights) -> Weights:
     """Reduce class outputs counted by COCO category id to the 80 classes of Detectron2."""
-    result = dict(state)
-    for name, tensor in state.items():
+    model = dict(weights.model)
+    for name, tensor in weights.model.items():
         if re.match(r"transformer\.decoder\.heads\.\d+\.class_embed\.", name):
-            result[name] = tensor[COCO_IDS]
+            model[name] = tensor[COCO_IDS]
         elif name.startswith("transformer.queries.head.class_embed."):
             # Output 0 of the proposals says "object" whatever the class: it has to stay first.
-            result[name] = tensor[: len(COCO_IDS)]
-    return result
+            model[name] = tensor[: len(COCO_IDS)]
+    return replace(weights, model=model, class_names=COCO_NAMES, coco_ids=False)
