@@ -12,7 +12,6 @@ depends on them.
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -33,6 +32,7 @@ from tqdm import tqdm
 from ddetr_d2.data import infer_num_classes, register_datasets
 from ddetr_d2.engine import Trainer, setup_cfg
 from ddetr_d2.errors import UserError, exit_on_user_error
+from ddetr_d2.layers import MSDeformAttn, ms_deform_attn
 from ddetr_d2.layers.flops import add_activation_handles, add_flop_handles
 
 TASKS = ("parameter", "flop", "activation", "structure")
@@ -113,27 +113,33 @@ def _by_part(model: nn.Module, analysis: JitModelAnalysis) -> Counts:
 
 @contextlib.contextmanager
 def _traceable(model: nn.Module) -> Iterator[None]:
-    """Keep all predictions in the trace, which drops what the result does not need."""
+    """Let ``model`` be traced with its compiled operator and with all of its predictions.
+
+    A trace drops what the result does not need, such as scores of the earlier decoder layers.
+    """
     predictions = []
-
-    def plain_sizes(module, args):
-        (levels,) = args
-        return dataclasses.replace(
-            levels,
-            spatial_shapes=tuple((int(h), int(w)) for h, w in levels.spatial_shapes),
-            level_start_index=tuple(int(start) for start in levels.level_start_index),
-        )
-
     hooks = [
-        model.transformer.register_forward_pre_hook(plain_sizes),
         model.transformer.register_forward_hook(lambda _, args, out: predictions.append(out)),
         model.register_forward_hook(lambda _, args, out: (out, predictions)),
     ]
+    attentions = [module for module in model.modules() if isinstance(module, MSDeformAttn)]
+    operators = [module.operator for module in attentions]
+    for module in attentions:
+        module.operator = _with_plain_sizes
     try:
         yield
     finally:
+        for module, operator in zip(attentions, operators, strict=True):
+            module.operator = operator
         for hook in hooks:
             hook.remove()
+
+
+def _with_plain_sizes(value, spatial_shapes, level_start_index, locations, weights):
+    """The operator where a trace has made tensors of the level sizes."""
+    shapes = [(int(height), int(width)) for height, width in spatial_shapes]
+    starts = [int(start) for start in level_start_index]
+    return ms_deform_attn(value, shapes, starts, locations, weights)
 
 
 def mean_counts(counts: dict[tuple[int, int], Counts], sizes: Sizes) -> Counts:
@@ -154,10 +160,10 @@ def _other(operators: Counter[str], shown: Sequence[str]) -> float:
 def table(counts: Counts, what: str) -> str:
     """A Markdown table: a row for each part, a column for each operator, and their sum.
 
-    Operators with less than a thousandth of the total share the column ``other``.
+    Operators with less than a ten-thousandth of the total share the column ``other``.
     """
     whole = counts["total"]
-    shown = [name for name, count in whole.most_common() if count >= whole.total() / 1000]
+    shown = [name for name, count in whole.most_common() if count >= whole.total() / 1e4]
     unit, prefix = (1e9, "G") if whole.total() >= 1e9 else (1e6, "M")
     rows = [
         [part, *(own[name] / unit for name in shown), _other(own, shown) / unit, own.total() / unit]
@@ -171,6 +177,8 @@ def image_sizes(cfg: CfgNode, number: int) -> Sizes:
     """Sizes of the first ``number`` images of the first test set, as the model gets them."""
     if not cfg.DATASETS.TEST:
         raise UserError("DATASETS.TEST is empty: name a data set for --num-inputs, or use --size.")
+    cfg.DATASETS.TRAIN = ()  # counting needs none of its files
+    register_datasets(cfg)
     loader = Trainer.build_test_loader(cfg, cfg.DATASETS.TEST[0])
     batches = itertools.islice(loader, number)
     return Counter(
@@ -199,7 +207,7 @@ def set_num_classes(cfg: CfgNode) -> None:
         node.NUM_CLASSES = len(known) if known else infer_num_classes(cfg)
     except UserError as error:
         raise UserError(
-            f"{error} To count without data sets, give MODEL.DEFORMABLE_DETR.NUM_CLASSES."
+            f"{error} (To count without data sets, give MODEL.DEFORMABLE_DETR.NUM_CLASSES.)"
         ) from error
     print(
         f"{node.NUM_CLASSES} classes, those of {names[0]}; "
@@ -292,8 +300,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     set_num_classes(cfg)
     sizes: Sizes = Counter([tuple(args.size)])
     if args.num_inputs is not None and {"flop", "activation"} & set(tasks):
-        cfg.DATASETS.TRAIN = ()  # counting needs none of its files
-        register_datasets(cfg)
         sizes = image_sizes(cfg, args.num_inputs)
     model = build_model(cfg)
     for task in tasks:
