@@ -40,6 +40,8 @@ class MSDeformAttn(nn.Module):
         self.num_heads = num_heads
         self.num_levels = num_levels
         self.num_points = num_points
+        # What samples and sums. Export puts formulations of standard operators in its place.
+        self.operator = ms_deform_attn
 
         samples = num_heads * num_levels * num_points
         self.sampling_offsets = nn.Linear(embed_dim, samples * 2)
@@ -108,8 +110,9 @@ class MSDeformAttn(nn.Module):
         value = self.value_proj(value_tokens)
         if padding_mask is not None:
             value = value.masked_fill(padding_mask[..., None], 0.0)
-        value = value.unflatten(-1, (self.num_heads, -1))
-        output = ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights)
+        # Not by unflatten: the ONNX export of a trace takes its sizes for constants.
+        value = value.view(*value.shape[:2], self.num_heads, -1)
+        output = self.operator(value, spatial_shapes, level_start_index, locations, weights)
         return self.output_proj(output)
 
     def sampling(
@@ -143,9 +146,16 @@ class MSDeformAttn(nn.Module):
 
         reference = reference_points[:, :, None, :, None, :]  # (N, Q, 1, L, 1, 2 or 4)
         if reference_points.shape[-1] == 2:
-            # Asynchronous, so that the host does not wait for the GPU in every layer.
-            sizes = torch.tensor(
-                [[width, height] for height, width in spatial_shapes], dtype=reference.dtype
-            ).to(reference.device, non_blocking=True)
+            sizes = _level_sizes(spatial_shapes, reference)
             return reference + offsets / sizes[:, None, :], weights
         return reference[..., :2] + offsets / points * reference[..., 2:] * 0.5, weights
+
+
+def _level_sizes(spatial_shapes: Sequence[Sequence[int]], like: Tensor) -> Tensor:
+    """(width, height) of each level as a tensor (L, 2) with the type and device of ``like``."""
+    sizes = [[width, height] for height, width in spatial_shapes]
+    if isinstance(sizes[0][0], Tensor):
+        # In a trace, into which torch.tensor would write their present values.
+        return torch.stack([torch.stack(size) for size in sizes]).to(like)
+    # Asynchronous, so that the host does not wait for the GPU in every layer.
+    return torch.tensor(sizes, dtype=like.dtype).to(like.device, non_blocking=True)

@@ -11,7 +11,7 @@ from ..errors import UserError
 from .backbone import build_detr_backbone
 from .criterion import SetCriterion
 from .feature_levels import FeatureProjection
-from .heads import DetectionHead, Detections, Predictions
+from .heads import DetectionHead, Detections, Predictions, at_most
 from .matcher import HungarianMatcher, Target
 from .queries import EncoderProposals, LearnedQueries
 from .transformer import (
@@ -199,7 +199,7 @@ class DeformableDETR(nn.Module):
     def best(self, predictions: Predictions) -> Detections:
         """Keep the best pairs of query and class; a query can appear with several classes."""
         scores = predictions.logits.float().sigmoid().flatten(1)
-        scores, pairs = scores.topk(min(self.num_detections, scores.shape[1]), dim=1)
+        scores, pairs = scores.topk(at_most(self.num_detections, scores.shape[1]), dim=1)
         num_classes = predictions.logits.shape[-1]
         queries = pairs // num_classes
         boxes = predictions.boxes.gather(1, queries[..., None].expand(-1, -1, 4))

@@ -44,6 +44,12 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
 
+def at_most(count: int, size: int | torch.SymInt | Tensor) -> int | torch.SymInt | Tensor:
+    """The smaller of a count and a tensor's size, which is a symbol while a model is exported and a
+    tensor while it is traced, and may become smaller or larger than the count later."""
+    return size.clamp(max=count) if isinstance(size, Tensor) else torch.sym_min(count, size)
+
+
 class DetectionHead(nn.Module):
     """Class scores and a box for each feature (paper, appendix A.4)."""
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..layers import sine_embedding
 from .feature_levels import FeatureLevels
-from .heads import DetectionHead, Predictions
+from .heads import DetectionHead, Predictions, at_most
 
 # Side of the anchors on the finest level as a fraction of the image; it doubles per level.
 ANCHOR_SIZE = 0.05
@@ -21,7 +21,8 @@ class Queries:
     """Object queries as they enter the decoder.
 
     Attributes:
-        content: (N, Q, C).
+        content: (N, Q, C), contiguous: a stride of 2C would make torch.export, which compares
+            strides with those of N images, take a batch of two for a special case.
         position: (N, Q, C), added to queries and keys.
         reference: (N, Q, 2 or 4) reference points or boxes in [0, 1].
         proposals: predictions of all encoder tokens where the queries come from them.
@@ -52,7 +53,8 @@ class LearnedQueries(nn.Module):
         """The same queries for each of the N images of ``memory`` (N, S, C)."""
         position, content = self.query_embed.weight.expand(memory.shape[0], -1, -1).chunk(2, dim=-1)
         reference = self.reference_points(position).float().sigmoid()
-        return Queries(content.to(memory.dtype), position.to(memory.dtype), reference)
+        content = content.to(memory.dtype).contiguous()  # see Queries
+        return Queries(content, position.to(memory.dtype), reference)
 
 
 class EncoderProposals(nn.Module):
@@ -86,12 +88,12 @@ class EncoderProposals(nn.Module):
         proposals = self.head(features, anchors)
 
         # All labels of proposals are class 0: its score says how likely there is an object.
-        count = min(self.num_queries, memory.shape[1])
+        count = at_most(self.num_queries, memory.shape[1])
         chosen = proposals.logits[..., 0].topk(count, dim=1).indices
         reference = proposals.boxes.detach().gather(1, chosen[..., None].expand(-1, -1, 4))
         embedding = sine_embedding(reference, memory.shape[2] // 2).to(memory.dtype)
         position, content = self.pos_trans_norm(self.pos_trans(embedding)).chunk(2, dim=-1)
-        return Queries(content, position, reference, proposals)
+        return Queries(content.contiguous(), position, reference, proposals)
 
     def _anchors(self, levels: FeatureLevels) -> tuple[Tensor, Tensor]:
         """Anchor boxes before the sigmoid (N, S, 4), +inf where a token makes no proposal, and
