@@ -22,6 +22,7 @@ from detectron2.modeling import build_model
 
 from ddetr_d2.checkpoint import DetrCheckpointer
 from ddetr_d2.checkpoint.architecture import (
+    UNTOLD,
     as_arguments,
     built_options,
     differences,
@@ -36,8 +37,6 @@ from ddetr_d2.errors import UserError, exit_on_user_error
 
 CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
 NUM_CLASSES = "MODEL.DEFORMABLE_DETR.NUM_CLASSES"
-# What the weights alone do not tell; published models with more than one scale have no DC5.
-UNTOLD = ("MODEL.DEFORMABLE_DETR.NUM_HEADS", "MODEL.RESNETS.RES5_DILATION")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -78,7 +77,8 @@ def configure(weights: Weights, config_file: str | None) -> tuple[CfgNode, str]:
     Returns:
         the configuration; arguments of train_net.py and demo.py that give the same.
     """
-    options = infer_options(weights.model) | weights.options
+    heads = weights.options.get("MODEL.DEFORMABLE_DETR.NUM_HEADS", 8)
+    options = infer_options(weights.model, heads) | weights.options
     name = f"{variant(options)}.yaml"
     path = config_file or os.path.join(CONFIGS, name)
     arguments = f"--config-file {config_file or os.path.join('configs', name)}"
@@ -125,6 +125,7 @@ def convert(args: argparse.Namespace) -> None:
         names = None
     print(f"{outputs} classes: {', '.join(names[:5]) + ', ...' if names else 'without names'}")
     cfg, arguments = configure(weights, args.config_file)
+    # Published models with more than one scale have no dilation.
     single_scale = cfg.MODEL.DEFORMABLE_DETR.NUM_FEATURE_LEVELS == 1
     untold = [key for key in UNTOLD[: 1 + single_scale] if key not in weights.options]
     if untold and not args.config_file:

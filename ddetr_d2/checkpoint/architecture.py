@@ -11,21 +11,25 @@ from .transformers import DEPTHS
 
 _NODE = "MODEL.DEFORMABLE_DETR."
 _RESNET = "MODEL.RESNETS."
-_USUAL_HEADS = 8
+_HEADS = f"{_NODE}NUM_HEADS"
+_DILATION = f"{_RESNET}RES5_DILATION"
+# What decides on a model's output and shows in no shape; see :func:`built_options`.
+UNTOLD = (_HEADS, _DILATION)
 
 
-def infer_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def infer_options(state: Mapping[str, Tensor], num_heads: int = 8) -> dict[str, Any]:
     """Configuration keys and values of the model that ``state`` is of.
 
-    What shapes do not tell is taken as in the published models: 8 attention heads, and no
-    dilation (DC5). The number of queries of a two-stage model is not told at all.
+    Shapes tell neither the attention heads nor dilation (DC5), which is taken to be absent, nor the
+    number of queries of a two-stage model, which is left out.
 
     Args:
         state: weights under the names of this project.
+        num_heads: attention heads, 8 in all published models.
     """
     options: dict[str, Any] = {}
     if "projection.level_embed" in state:
-        options |= _transformer_options(state)
+        options |= _transformer_options(state, num_heads)
     if "backbone.stem.conv1.weight" in state:
         options |= _resnet_options(state)
     return options
@@ -37,12 +41,12 @@ def _count(state: Mapping[str, Tensor], start: str) -> int:
     return len({match[1] for match in map(pattern.match, state) if match})
 
 
-def _transformer_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def _transformer_options(state: Mapping[str, Tensor], num_heads: int) -> dict[str, Any]:
     levels, hidden_dim = state["projection.level_embed"].shape
     options = {
         f"{_NODE}HIDDEN_DIM": hidden_dim,
         f"{_NODE}NUM_FEATURE_LEVELS": levels,
-        f"{_NODE}NUM_HEADS": _USUAL_HEADS,
+        _HEADS: num_heads,
         f"{_NODE}TWO_STAGE": "transformer.queries.enc_output.weight" in state,
         f"{_NODE}WITH_BOX_REFINE": _count(state, "transformer.decoder.heads") > 1,
     }
@@ -60,7 +64,7 @@ def _transformer_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
         options[f"{_NODE}{short}_LAYERS"] = _count(state, layers)
         weights = state.get(f"{layers}.0.{attention}.attention_weights.bias")
         if weights is not None:
-            options[f"{_NODE}{short}_POINTS"] = weights.shape[0] // (levels * _USUAL_HEADS)
+            options[f"{_NODE}{short}_POINTS"] = weights.shape[0] // (levels * num_heads)
     return options
 
 
@@ -75,7 +79,7 @@ def _resnet_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
     options: dict[str, Any] = {
         "MODEL.BACKBONE.NAME": "build_resnet_backbone",
         f"{_RESNET}STEM_OUT_CHANNELS": state["backbone.stem.conv1.weight"].shape[0],
-        f"{_RESNET}RES5_DILATION": 1,
+        _DILATION: 1,
     }
     if features:
         options[f"{_NODE}IN_FEATURES"] = list(stages[-features:])
@@ -110,11 +114,11 @@ def built_options(model: nn.Module) -> dict[str, Any]:
     options: dict[str, Any] = {}
     transformer = getattr(model, "transformer", None)
     if transformer is not None:
-        options[f"{_NODE}NUM_HEADS"] = transformer.decoder.layers[0].self_attn.num_heads
+        options[_HEADS] = transformer.decoder.layers[0].self_attn.num_heads
     backbone = getattr(model, "backbone", None)
     convolution = getattr(getattr(backbone, "res5", [None])[-1], "conv2", None)
     if convolution is not None:
-        options[f"{_RESNET}RES5_DILATION"] = convolution.dilation[0]
+        options[_DILATION] = convolution.dilation[0]
     return options
 
 
@@ -122,7 +126,7 @@ def variant(options: Mapping[str, Any]) -> str:
     """Name of the file in configs/, without ``.yaml``, that comes nearest to ``options``."""
     name = "deformable_detr"
     if options.get(f"{_NODE}NUM_FEATURE_LEVELS") == 1:
-        dilated = options.get(f"{_RESNET}RES5_DILATION") == 2
+        dilated = options.get(_DILATION) == 2
         return f"{name}_single_scale" + ("_dc5" if dilated else "")
     if options.get(f"{_NODE}WITH_BOX_REFINE") or options.get(f"{_NODE}TWO_STAGE"):
         name += "_refine"

@@ -15,6 +15,7 @@ from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from torch import Tensor
 
 from ..errors import UserError
+from .architecture import UNTOLD
 from .files import local_path, read_file
 from .names import (
     DETREX,
@@ -125,9 +126,10 @@ def _own(state: State, content: Any, path: str) -> Weights:
 def _told(content: Any) -> tuple[list[str] | None, dict[str, Any]]:
     """Class names and options that this project has written beside the weights."""
     names, options = content.get("class_names"), content.get("options")
+    options = options.items() if isinstance(options, dict) else ()
     return (
         [str(name) for name in names] if isinstance(names, list) else None,
-        options if isinstance(options, dict) else {},
+        {key: value for key, value in options if key in UNTOLD and isinstance(value, int)},
     )
 
 
@@ -145,7 +147,9 @@ def _reference(state: State, content: Any, path: str) -> Weights:
         "dec_n_points": f"{node}DEC_POINTS",
         "dropout": f"{node}DROPOUT",
     }
-    options |= {key: args[name] for name, key in keys.items() if name in args}
+    options |= {
+        key: args[name] for name, key in keys.items() if isinstance(args.get(name), int | float)
+    }
     if "dilation" in args:
         options["MODEL.RESNETS.RES5_DILATION"] = 2 if args["dilation"] else 1
     return _with_classes(Weights("reference implementation", converted, names, options))

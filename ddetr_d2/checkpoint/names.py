@@ -39,11 +39,15 @@ def prefixed(table: Table, here: str, there: str) -> Table:
     return {here + ours: there + theirs for ours, theirs in table.items()}
 
 
-def _layers(kind: str, table: Table, here: str, there: str) -> Table:
-    return prefixed(table, f"{here}.{kind}.layers.*.", f"{there}{kind}.layers.*.")
+def _layers(there: str, encoder: Table, decoder: Table) -> Table:
+    """Tables of an encoder's and a decoder's layer, for all layers below ``there``."""
+    return {
+        **prefixed(encoder, "transformer.encoder.layers.*.", f"{there}encoder.layers.*."),
+        **prefixed(decoder, "transformer.decoder.layers.*.", f"{there}decoder.layers.*."),
+    }
 
 
-def _two_stage(there: str) -> Table:
+def _queries(there: str) -> Table:
     parts = ("enc_output", "enc_output_norm", "pos_trans", "pos_trans_norm", "reference_points")
     return {f"transformer.queries.{part}": f"{there}{part}" for part in parts}
 
@@ -64,21 +68,17 @@ REFERENCE = {
     "projection.input_proj": "input_proj",
     "projection.level_embed": "transformer.level_embed",
     "transformer.queries.query_embed": "query_embed",
-    **_two_stage("transformer."),
+    **_queries("transformer."),
     **_layers(
-        "encoder",
-        {
+        "transformer.",
+        encoder={
             "self_attn": "self_attn",
             "norm1": "norm1",
             "ffn.linear1": "linear1",
             "ffn.linear2": "linear2",
             "ffn.norm": "norm2",
         },
-        *("transformer", "transformer."),
-    ),
-    **_layers(
-        "decoder",
-        {
+        decoder={
             "self_attn": "self_attn",
             "norm2": "norm2",
             "cross_attn": "cross_attn",
@@ -87,31 +87,26 @@ REFERENCE = {
             "ffn.linear2": "linear2",
             "ffn.norm": "norm3",
         },
-        *("transformer", "transformer."),
     ),
 }
 
 DETREX = {
     "backbone": "backbone",
-    **{f"projection.input_proj.{i}.0": f"neck.convs.{i}.conv" for i in range(4)},
-    **{f"projection.input_proj.{i}.1": f"neck.convs.{i}.norm" for i in range(4)},
+    "projection.input_proj.*.0": "neck.convs.*.conv",
+    "projection.input_proj.*.1": "neck.convs.*.norm",
     "projection.level_embed": "transformer.level_embeds",
     "transformer.queries.query_embed": "query_embedding",
-    **_two_stage("transformer."),
+    **_queries("transformer."),
     **_layers(
-        "encoder",
-        {
+        "transformer.",
+        encoder={
             "self_attn": "attentions.0",
             "norm1": "norms.0",
             "ffn.linear1": "ffns.0.layers.0.0",
             "ffn.linear2": "ffns.0.layers.1",
             "ffn.norm": "norms.1",
         },
-        *("transformer", "transformer."),
-    ),
-    **_layers(
-        "decoder",
-        {
+        decoder={
             "self_attn": "attentions.0.attn",
             "norm2": "norms.0",
             "cross_attn": "attentions.1",
@@ -120,7 +115,6 @@ DETREX = {
             "ffn.linear2": "ffns.0.layers.1",
             "ffn.norm": "norms.2",
         },
-        *("transformer", "transformer."),
     ),
 }
 
@@ -130,21 +124,17 @@ TRANSFORMERS = {
     "projection.input_proj": "model.input_proj",
     "projection.level_embed": "model.level_embed",
     "transformer.queries.query_embed": "model.query_position_embeddings",
-    **_two_stage("model."),
+    **_queries("model."),
     **_layers(
-        "encoder",
-        {
+        "model.",
+        encoder={
             "self_attn": "self_attn",
             "norm1": "self_attn_layer_norm",
             "ffn.linear1": "fc1",
             "ffn.linear2": "fc2",
             "ffn.norm": "final_layer_norm",
         },
-        *("transformer", "model."),
-    ),
-    **_layers(
-        "decoder",
-        {
+        decoder={
             "self_attn": "self_attn",
             "norm2": "self_attn_layer_norm",
             "cross_attn": "encoder_attn",
@@ -153,7 +143,6 @@ TRANSFORMERS = {
             "ffn.linear2": "fc2",
             "ffn.norm": "final_layer_norm",
         },
-        *("transformer", "model."),
     ),
 }
 NATIVE_TRANSFORMERS = TRANSFORMERS | prefixed(

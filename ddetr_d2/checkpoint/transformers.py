@@ -244,6 +244,8 @@ def _backbone_config(cfg: CfgNode) -> dict[str, Any]:
     if basic or (plain and 4 * width == resnet.RES2_OUT_CHANNELS and not _is_deformable(cfg)):
         return {
             "use_timm_backbone": False,
+            "backbone": None,
+            "use_pretrained_backbone": False,
             "dilation": False,
             "backbone_config": {
                 "model_type": "resnet",
