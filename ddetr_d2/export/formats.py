@@ -1,0 +1,169 @@
+"""Writing exported detectors, and running what was written."""
+
+import importlib.util
+import json
+import operator
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+
+from ..errors import UserError
+from .detector import ExportableDetector
+
+# ONNX operator sets: GridSample, and LayerNormalization one later, came with the first two; the
+# last one is that of the exporter.
+OPSETS = range(16, 21)
+METADATA_FILE = "metadata.json"
+
+_NEEDS_STANDARD = (
+    "sampling 'operator' is not for {}: the file would hold an operator that only ddetr_d2 has; "
+    "choose grid_sample or gather."
+)
+
+
+def example_inputs(detector: ExportableDetector, *sizes: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Random inputs of a detector: images of these (height, width), padded to one size.
+
+    Boxes are wanted in pixels of pictures twice as large.
+    """
+    device = detector.model.device
+    shape = [max(lengths) for lengths in zip(*sizes, strict=True)]
+    images = torch.zeros(len(sizes), 3, *shape, dtype=torch.uint8)
+    for image, (height, width) in zip(images, sizes, strict=True):
+        image[:, :height, :width].random_(256)
+    image_sizes = torch.tensor(sizes)
+    inputs = [images, image_sizes]
+    if not detector.preprocess:
+        inputs = detector.prepare(images.to(device), image_sizes.to(device))
+    if detector.postprocess:
+        inputs = [*inputs, 2 * image_sizes]
+    return tuple(tensor.to(device) for tensor in inputs)
+
+
+def write_onnx(
+    detector: ExportableDetector, path: str, metadata: dict[str, Any], opset: int = 17
+) -> None:
+    """Write an ONNX file; the values of ``metadata`` become JSON in its ``metadata_props``.
+
+    The exporter that starts from a trace is used: PyTorch's newer one knows no operator set below
+    18, and takes minutes for this model.
+
+    Raises:
+        UserError: the operator set is not supported, or the package onnx is missing.
+    """
+    if opset not in OPSETS:
+        raise UserError(
+            f"ONNX operator set {opset} is not supported; choose {OPSETS[0]} to {OPSETS[-1]}."
+        )
+    require_package("onnx", "the format onnx")
+    import onnx
+
+    if detector.sampling == "operator":
+        raise UserError(_NEEDS_STANDARD.format("ONNX"))
+    inputs = _small_batch(detector)
+    with _tracing():
+        torch.onnx.export(
+            detector,
+            inputs,
+            path,
+            input_names=detector.input_names,
+            output_names=detector.output_names,
+            dynamic_axes=_names_of_axes(detector),
+            opset_version=opset,
+            dynamo=False,
+        )
+    model = onnx.load(path)
+    for key, value in metadata.items():
+        model.metadata_props.add(key=key, value=json.dumps(value))
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+
+
+def write_torchscript(detector: ExportableDetector, path: str, metadata: dict[str, Any]) -> None:
+    """Trace the detector; the file holds ``metadata`` as JSON in the extra file METADATA_FILE.
+
+    Raises:
+        UserError: the detector samples with the compiled operator, which cannot be traced.
+    """
+    if detector.sampling == "operator":
+        raise UserError(_NEEDS_STANDARD.format("TorchScript"))
+    with _tracing():
+        traced = torch.jit.trace(detector, _small_batch(detector), check_trace=False)
+        torch.jit.save(traced, path, _extra_files={METADATA_FILE: json.dumps(metadata)})
+
+
+def write_torch_export(detector: ExportableDetector, path: str, metadata: dict[str, Any]) -> None:
+    """Write what :func:`export_program` makes; ``metadata`` as in :func:`write_torchscript`."""
+    program = export_program(detector)
+    with warnings.catch_warnings():
+        # Weights that share memory: of no concern, they are written whole.
+        warnings.filterwarnings("ignore", "No complete tensor found")
+        torch.export.save(program, path, extra_files={METADATA_FILE: json.dumps(metadata)})
+
+
+def export_program(detector: ExportableDetector) -> ExportedProgram:
+    """``torch.export`` of the detector, with any number of images of any size.
+
+    Images must be larger than the stride of the coarsest level, which then has two pixels a side:
+    torch.export treats sizes of one specially.
+    """
+    smallest = detector.coarsest_stride + 1
+    batch, height, width = Dim("batch"), Dim("height", min=smallest), Dim("width", min=smallest)
+    symbols = {"batch": batch, "height": height, "width": width}
+    axes = _names_of_axes(detector)
+    shapes = tuple(
+        {axis: symbols[symbol] for axis, symbol in axes[name].items()}
+        for name in detector.input_names
+    )
+    sizes = (smallest + 62, smallest + 94), (smallest + 30, smallest + 61), (smallest, smallest)
+    # The division in PyTorch's shape of a pooling asks for the remainder, only to correct what
+    # cannot occur, and would bind the program to images of one parity.
+    division = mock.patch("torch._meta_registrations.div_rtn", operator.floordiv, create=True)
+    with torch.no_grad(), division:
+        return torch.export.export(
+            detector, example_inputs(detector, *sizes), dynamic_shapes=shapes
+        )
+
+
+WRITERS: dict[str, Callable[..., None]] = {
+    "onnx": write_onnx,
+    "torchscript": write_torchscript,
+    "torch_export": write_torch_export,
+}
+
+
+def require_package(package: str, what: str) -> None:
+    """Raise a :class:`UserError` with the remedy if an optional package is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{what} needs the package {package}: pip install {package}")
+
+
+def _small_batch(detector: ExportableDetector) -> tuple[Tensor, ...]:
+    """Inputs to trace with; what is traced works with other numbers and sizes of images."""
+    return example_inputs(detector, (160, 200), (130, 224))
+
+
+def _names_of_axes(detector: ExportableDetector) -> dict[str, dict[int, str]]:
+    """Axes whose size varies, with their names, for every input and output."""
+    axes = {name: {0: "batch"} for name in (*detector.input_names, *detector.output_names)}
+    axes["images"] |= {2: "height", 3: "width"}
+    if not detector.preprocess:
+        axes["padding_mask"] |= {1: "height", 2: "width"}
+    for name in detector.output_names:
+        axes[name][1] = "detections" if detector.postprocess else "queries"
+    return axes
+
+
+@contextmanager
+def _tracing() -> Iterator[None]:
+    """No gradients, and no warnings of checks that a trace leaves out."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield

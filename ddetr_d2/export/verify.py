@@ -1,0 +1,148 @@
+"""Running exported files, and comparing them with the model they were made from."""
+
+import json
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from .detector import ExportableDetector
+from .formats import METADATA_FILE, require_package
+
+
+def load_onnx(path: str) -> tuple[Callable[..., list[Tensor]], dict[str, Any]]:
+    """An ONNX file as a function of tensors, run by onnxruntime on the CPU, and its metadata.
+
+    Raises:
+        UserError: the package onnxruntime is missing.
+    """
+    require_package("onnxruntime", "running an ONNX file")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [node.name for node in session.get_inputs()]
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        feed = {name: tensor.cpu().numpy() for name, tensor in zip(names, inputs, strict=True)}
+        return [torch.from_numpy(output) for output in session.run(None, feed)]
+
+    metadata = session.get_modelmeta().custom_metadata_map
+    return run, {key: json.loads(value) for key, value in metadata.items()}
+
+
+def load_torchscript(path: str) -> tuple[Callable[..., list[Tensor]], dict[str, Any]]:
+    """A TorchScript file and its metadata."""
+    files = {METADATA_FILE: ""}
+    module = torch.jit.load(path, _extra_files=files)
+    return module, json.loads(files[METADATA_FILE])
+
+
+def load_torch_export(path: str) -> tuple[Callable[..., list[Tensor]], dict[str, Any]]:
+    """A file of torch.export as a module, and its metadata."""
+    files = {METADATA_FILE: ""}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        program = torch.export.load(path, extra_files=files)
+    return program.module(), json.loads(files[METADATA_FILE])
+
+
+LOADERS: dict[str, Callable[[str], tuple[Callable[..., list[Tensor]], dict[str, Any]]]] = {
+    "onnx": load_onnx,
+    "torchscript": load_torchscript,
+    "torch_export": load_torch_export,
+}
+
+
+class Differences(NamedTuple):
+    """Largest differences between two sets of detections.
+
+    Attributes:
+        scores: of scores, 0 to 1.
+        boxes: of box coordinates, as fractions of the image's longer side.
+    """
+
+    scores: float
+    boxes: float
+
+
+def compare(
+    detector: ExportableDetector, run: Callable[..., list[Tensor]], inputs: tuple[Tensor, ...]
+) -> Differences:
+    """Compare an exported file with the model itself, on the same inputs.
+
+    Every detection of the file is compared with one of the model of its own, the nearest one:
+    the order of nearly equal scores does not matter. A detection whose class differs, or that the
+    model does not make at all, shows as a large difference.
+
+    Args:
+        detector: what was exported, with ``sampling`` "operator".
+        run: the exported file, see :data:`LOADERS`.
+        inputs: inputs of both.
+    """
+    with torch.no_grad():
+        outputs = run(*inputs)
+        images, sizes_or_mask, *output_sizes = inputs
+        if detector.preprocess:
+            images, sizes_or_mask = detector.prepare(images, sizes_or_mask)
+        predictions = detector.model.predict(images, sizes_or_mask)[0][-1]
+    differences = []
+    for index in range(len(images)):
+        expected = [tensor[index].double().cpu().numpy() for tensor in predictions]
+        # What is no number is far from everything.
+        actual = [np.nan_to_num(tensor[index].cpu().numpy(), nan=1e6) for tensor in outputs]
+        if detector.postprocess:
+            size = output_sizes[0][index].cpu().numpy()
+            differences.append(_compare_detections(detector, expected, actual, size))
+        else:
+            differences.append(_compare_queries(expected, actual))
+    return Differences(*np.max(differences, axis=0).tolist())
+
+
+def _compare_queries(expected: list[np.ndarray], actual: list[np.ndarray]) -> Differences:
+    scores = [1 / (1 + np.exp(-logits.astype(np.float64))) for logits, _ in (expected, actual)]
+    if len(scores[0]) != len(scores[1]):
+        return Differences(np.inf, np.inf)
+    by_score = np.abs(scores[0][:, None] - scores[1]).max(-1)
+    by_box = np.abs(expected[1][:, None] - actual[1]).max(-1)
+    return _of_pairs(by_score, by_box)
+
+
+def _compare_detections(
+    detector: ExportableDetector,
+    expected: list[np.ndarray],
+    actual: list[np.ndarray],
+    size: np.ndarray,
+) -> Differences:
+    """``expected``: logits (Q, K) and boxes (Q, 4); ``actual``: scores, labels, boxes of R."""
+    height, width = size
+    logits, boxes = expected
+    scores = 1 / (1 + np.exp(-logits.reshape(-1)))
+    labels = np.tile(np.arange(logits.shape[1]), len(logits))
+    center, extent = boxes[:, :2], boxes[:, 2:]
+    corners = np.concatenate((center - extent / 2, center + extent / 2), axis=1)
+    corners = (corners * [width, height, width, height]).repeat(logits.shape[1], axis=0)
+
+    best = np.sort(scores)[::-1][: detector.model.num_detections]
+    if len(best) != len(actual[0]):
+        return Differences(np.inf, np.inf)
+    by_rank = np.abs(best - actual[0]).max()
+    # Far below the lowest score, no pair of query and class can be a detection.
+    likely = scores > best[-1] - 0.01
+    by_score = np.abs(actual[0][:, None] - scores[likely])
+    by_score[actual[1][:, None] != labels[likely]] = 1.0
+    by_box = np.abs(actual[2][:, None] - corners[likely]).max(-1) / max(height, width)
+    matched = _of_pairs(by_score, by_box)
+    return Differences(max(by_rank, matched.scores), matched.boxes)
+
+
+def _of_pairs(by_score: np.ndarray, by_box: np.ndarray) -> Differences:
+    """Largest differences after each row got a column of its own, at the lowest sum of both."""
+    rows, columns = linear_sum_assignment(by_score + by_box)
+    return Differences(by_score[rows, columns].max(), by_box[rows, columns].max())
