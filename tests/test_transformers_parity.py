@@ -277,9 +277,7 @@ def precision(request, monkeypatch) -> tuple[torch.dtype, float, int]:
     """
     if request.param == "float32":
         return torch.float32, 1e-4, 4
-    # Both models go to float32 in places, for the sake of half precision: here wherever .float()
-    # stands, there in the embedding of the proposals' boxes. In double that would be a loss.
-    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    # There, the embedding of the proposals' boxes is computed in float32.
     monkeypatch.setattr(modeling_deformable_detr, "torch", TorchInDouble())
     return torch.float64, 1e-9, 1
 

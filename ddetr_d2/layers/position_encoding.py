@@ -25,7 +25,9 @@ def sine_embedding(positions: Tensor, num_features: int) -> Tensor:
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-3)
 
 
-def sine_position_embedding(padding_mask: Tensor, num_features: int) -> Tensor:
+def sine_position_embedding(
+    padding_mask: Tensor, num_features: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Embed the pixel positions of padded images.
 
     Positions count unpadded pixels, from their centres, relative to the unpadded size.
@@ -33,11 +35,12 @@ def sine_position_embedding(padding_mask: Tensor, num_features: int) -> Tensor:
     Args:
         padding_mask: (N, H, W) bool, True on padding.
         num_features: features F in all, half of them for y and half for x.
+        dtype: floating type that it is computed in.
 
     Returns:
-        (N, H, W, F) float32, the features of y first.
+        (N, H, W, F) of ``dtype``, the features of y first.
     """
-    valid = (~padding_mask).float()
+    valid = (~padding_mask).to(dtype)
     y = valid.cumsum(1)
     x = valid.cumsum(2)
     y = (y - 0.5) / (y[:, -1:, :] + 1e-6)

@@ -3,11 +3,10 @@
 import torch
 import torch.nn.functional as F
 from detectron2.utils import comm
-from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
-from torchvision.ops import box_convert, generalized_box_iou_loss
+from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
 
-from .heads import Predictions
+from .heads import Predictions, at_least_float
 from .matcher import HungarianMatcher, Matches, Target
 
 
@@ -61,7 +60,7 @@ class SetCriterion(nn.Module):
         boxes = torch.cat([t.boxes for t in targets])[matches.target]
         matched = predictions.boxes[matches.image, matches.query]
 
-        logits = predictions.logits.float()
+        logits = at_least_float(predictions.logits)
         wanted = torch.zeros_like(logits)
         wanted[matches.image, matches.query, labels] = 1.0
         weights = self.matcher

@@ -11,7 +11,7 @@ from ..errors import UserError
 from .backbone import build_detr_backbone
 from .criterion import SetCriterion
 from .feature_levels import FeatureProjection
-from .heads import DetectionHead, Detections, Predictions, at_most
+from .heads import DetectionHead, Detections, Predictions, at_least_float, at_most
 from .matcher import HungarianMatcher, Target
 from .queries import EncoderProposals, LearnedQueries
 from .transformer import (
@@ -189,16 +189,16 @@ class DeformableDETR(nn.Module):
             image_mask[:height, :width] = False
         return mask
 
-    @staticmethod
-    def _target(instances: Instances) -> Target:
+    def _target(self, instances: Instances) -> Target:
         height, width = instances.image_size
         boxes = instances.gt_boxes.tensor
+        boxes = boxes.to(torch.promote_types(boxes.dtype, self.pixel_mean.dtype))
         boxes = boxes / boxes.new_tensor([width, height, width, height])
         return Target(instances.gt_classes, box_convert(boxes, "xyxy", "cxcywh"))
 
     def best(self, predictions: Predictions) -> Detections:
         """Keep the best pairs of query and class; a query can appear with several classes."""
-        scores = predictions.logits.float().sigmoid().flatten(1)
+        scores = at_least_float(predictions.logits).sigmoid().flatten(1)
         scores, pairs = scores.topk(at_most(self.num_detections, scores.shape[1]), dim=1)
         num_classes = predictions.logits.shape[-1]
         queries = pairs // num_classes

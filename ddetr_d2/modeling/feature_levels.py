@@ -87,13 +87,13 @@ class FeatureProjection(nn.Module):
                 feature = coarsest = projection(coarsest)
             height, width = feature.shape[-2:]
             mask = F.interpolate(image_mask[:, None].float(), size=(height, width))[:, 0].bool()
-            position = sine_position_embedding(mask, feature.shape[1])
+            # Positions and ratios in 16 bits would be off by pixels.
+            dtype = torch.promote_types(feature.dtype, torch.float32)
+            position = sine_position_embedding(mask, feature.shape[1], dtype)
             position = position.flatten(1, 2) + self.level_embed[level]
-            valid = ~mask
+            valid = (~mask).to(dtype)
             valid_ratios.append(
-                torch.stack(
-                    (valid[:, 0, :].float().mean(1), valid[:, :, 0].float().mean(1)), dim=-1
-                )
+                torch.stack((valid[:, 0, :].mean(1), valid[:, :, 0].mean(1)), dim=-1)
             )
             tokens.append(feature.flatten(2).transpose(1, 2))
             positions.append(position.to(feature.dtype))

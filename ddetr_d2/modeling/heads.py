@@ -44,6 +44,11 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
 
+def at_least_float(x: Tensor) -> Tensor:
+    """16 bit numbers as float32, others as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def at_most(count: int, size: int | torch.SymInt | Tensor) -> int | torch.SymInt | Tensor:
     """The smaller of a count and a tensor's size, which is a symbol while a model is exported and a
     tensor while it is traced, and may become smaller or larger than the count later."""
@@ -79,7 +84,7 @@ class DetectionHead(nn.Module):
             reference_logits: (N, Q, 2 or 4), references before the sigmoid; a point moves the
                 centre of the box only.
         """
-        delta = self.bbox_embed(features).float()
+        delta = at_least_float(self.bbox_embed(features))
         if reference_logits.shape[-1] == 2:
             reference_logits = nn.functional.pad(reference_logits, (0, 2))
         return Predictions(self.class_embed(features), (delta + reference_logits).sigmoid())

@@ -7,7 +7,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou
 
-from .heads import Predictions
+from .heads import Predictions, at_least_float
 
 
 class Target(NamedTuple):
@@ -100,7 +100,7 @@ class HungarianMatcher(nn.Module):
 
     def _cost(self, logits: Tensor, boxes: Tensor, target: Target) -> Tensor:
         """Cost (Q, T) of every pair in one image with ``logits`` (Q, K) and ``boxes`` (Q, 4)."""
-        probability = logits.float()[:, target.labels].sigmoid()
+        probability = at_least_float(logits)[:, target.labels].sigmoid()
         positive = (
             self.focal_alpha * (1 - probability) ** self.focal_gamma * -(probability + 1e-8).log()
         )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..layers import sine_embedding
 from .feature_levels import FeatureLevels
-from .heads import DetectionHead, Predictions, at_most
+from .heads import DetectionHead, Predictions, at_least_float, at_most
 
 # Side of the anchors on the finest level as a fraction of the image; it doubles per level.
 ANCHOR_SIZE = 0.05
@@ -52,7 +52,7 @@ class LearnedQueries(nn.Module):
     def forward(self, memory: Tensor, levels: FeatureLevels) -> Queries:
         """The same queries for each of the N images of ``memory`` (N, S, C)."""
         position, content = self.query_embed.weight.expand(memory.shape[0], -1, -1).chunk(2, dim=-1)
-        reference = self.reference_points(position).float().sigmoid()
+        reference = at_least_float(self.reference_points(position)).sigmoid()
         content = content.to(memory.dtype).contiguous()  # see Queries
         return Queries(content, position.to(memory.dtype), reference)
 
