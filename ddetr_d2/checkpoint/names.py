@@ -205,6 +205,12 @@ def split_heads(state: Mapping[str, Tensor]) -> State:
     if two_stage and numbers:
         last = heads.pop(numbers.pop())
         result |= {f"transformer.queries.head.{name}": tensor for name, tensor in last.items()}
+    # transformers 5 makes new models whose layers share one class head, and stores it once.
+    with_classes = [n for n in numbers if any(k.startswith("class_embed.") for k in heads[n])]
+    if numbers and with_classes == numbers[:1]:
+        shared = {k: v for k, v in heads[numbers[0]].items() if k.startswith("class_embed.")}
+        for number in numbers:
+            heads[number] |= shared
     if not refined and all(_equal(heads[number], heads[numbers[0]]) for number in numbers):
         numbers = numbers[:1]
     for number in numbers:

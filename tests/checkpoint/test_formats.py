@@ -186,6 +186,21 @@ def test_transformers_and_back(variant, tmp_path):
     assert read_weights(str(folder)).options["MODEL.DEFORMABLE_DETR.NUM_QUERIES"] == 20
 
 
+def test_class_head_that_transformers_shares_among_the_layers(tmp_path):
+    variant = "deformable_detr_refine"
+    write_transformers(str(tmp_path), build(variant).state_dict(), configure(variant, 3))
+    # A new model, unlike one that is loaded, has one class head for all layers.
+    config = DeformableDetrConfig.from_pretrained(tmp_path)
+    DeformableDetrForObjectDetection(config).save_pretrained(tmp_path / "new")
+    assert "class_embed.1.bias" not in load_file(tmp_path / "new" / "model.safetensors")
+    target = build(variant)
+    DetrCheckpointer(target, strict=True).load(str(tmp_path / "new"))
+    first, second = (head.class_embed for head in target.transformer.decoder.heads)
+    assert torch.equal(first.weight, second.weight)
+    first, second = (head.bbox_embed[0] for head in target.transformer.decoder.heads)
+    assert not torch.equal(first.weight, second.weight)
+
+
 def test_image_format_bgr_becomes_rgb_in_transformers():
     cfg = configure("deformable_detr", 3, "INPUT.FORMAT", "BGR")
     model = build()
