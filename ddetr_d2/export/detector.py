@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import MSDeformAttn
@@ -82,12 +83,15 @@ class ExportableDetector(nn.Module):
         if not self.postprocess:
             return layers[-1].logits, layers[-1].boxes
         best = self.model.best(layers[-1])
-        scale = output_sizes.flip(1).repeat(1, 2).to(best.boxes.dtype)  # (N, 4): w, h, w, h
+        scale = output_sizes[:, [1, 0, 1, 0]].to(best.boxes.dtype)  # width, height, width, height
         return best.scores, best.classes, best.boxes * scale[:, None]
 
     def prepare(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor]:
         """Normalise images and mask their padding: the arguments with ``preprocess`` to those
         without, see :meth:`forward`."""
+        divisor = self.model.backbone.size_divisibility
+        if divisor > 1:
+            images = F.pad(images, (0, -images.shape[-1] % divisor, 0, -images.shape[-2] % divisor))
         height, width = images.shape[-2:]
         y = torch.arange(height, device=images.device)
         x = torch.arange(width, device=images.device)

@@ -112,7 +112,16 @@ def export_program(detector: ExportableDetector) -> ExportedProgram:
 
     Images must be larger than the stride of the coarsest level, which then has two pixels a side:
     torch.export treats sizes of one specially.
+
+    Raises:
+        UserError: the backbone takes images of certain sizes only.
     """
+    divisor = detector.model.backbone.size_divisibility
+    if divisor > 1:
+        raise UserError(
+            "torch.export is not supported for this backbone, which takes images whose size is a "
+            f"multiple of {divisor}; choose onnx or torchscript."
+        )
     smallest = detector.coarsest_stride + 1
     batch, height, width = Dim("batch"), Dim("height", min=smallest), Dim("width", min=smallest)
     symbols = {"batch": batch, "height": height, "width": width}

@@ -50,9 +50,14 @@ def at_least_float(x: Tensor) -> Tensor:
 
 
 def at_most(count: int, size: int | torch.SymInt | Tensor) -> int | torch.SymInt | Tensor:
-    """The smaller of a count and a tensor's size, which is a symbol while a model is exported and a
-    tensor while it is traced, and may become smaller or larger than the count later."""
-    return size.clamp(max=count) if isinstance(size, Tensor) else torch.sym_min(count, size)
+    """The smaller of a count and the size of a tensor.
+
+    The size is a symbol while a model is exported and a tensor while it is traced, and what it is
+    at that time must not decide.
+    """
+    if isinstance(size, Tensor):
+        return size.clamp(max=count)
+    return torch.sym_min(count, size) if isinstance(size, torch.SymInt) else min(count, size)
 
 
 class DetectionHead(nn.Module):
