@@ -7,11 +7,13 @@ from ddetr_d2.export import ExportableDetector
 from ddetr_d2.export.formats import export_program, write_torch_export
 from ddetr_d2.export.verify import load_torch_export
 
-from ..conftest import VARIANTS
 from .test_onnx import FPN
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    ["deformable_detr_refine_two_stage", "deformable_detr", "deformable_detr_single_scale_dc5"],
+)
 def test_same_detections(variant, build, check):
     model = build(variant)
     program = export_program(ExportableDetector(model, sampling="operator"))
