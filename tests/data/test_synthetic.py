@@ -8,15 +8,8 @@ import numpy as np
 import pytest
 
 from ddetr_d2.data import register_datasets
-from ddetr_d2.data.synthetic import (
-    CLASSES,
-    SyntheticOptions,
-    _coverage,
-    _place,
-    draw_image,
-    main,
-    make_synthetic,
-)
+from ddetr_d2.data.shapes import CLASSES, SyntheticOptions, _coverage, _place, draw_image
+from ddetr_d2.data.synthetic import main, make_synthetic
 from ddetr_d2.errors import UserError
 
 
