@@ -36,21 +36,22 @@ def sample_with_grid_sample(
     queries, points = sampling_locations.shape[1], sampling_locations.shape[4]
     # (N, M, D, S), cut into levels
     feature_maps = value.permute(0, 2, 3, 1).split([h * w for h, w in spatial_shapes], dim=-1)
-    grid = 2 * sampling_locations.transpose(1, 2) - 1  # (N, M, Q, L, K, 2)
-    weights = attention_weights.transpose(1, 2)
+    # Queries last: neighbouring ones look at neighbouring pixels, and sums run over whole rows.
+    grid = 2 * sampling_locations.permute(0, 2, 3, 4, 1, 5) - 1  # (N, M, L, K, Q, 2)
+    weights = attention_weights.permute(0, 2, 3, 4, 1)
     output = 0.0
     for level, ((height, width), feature_map) in enumerate(
         zip(spatial_shapes, feature_maps, strict=True)
     ):
         samples = F.grid_sample(
             feature_map.reshape(batch * heads, channels, height, width),
-            grid[:, :, :, level].reshape(batch * heads, queries, points, 2),
+            grid[:, :, level].reshape(batch * heads, points, queries, 2),
             mode="bilinear",
             padding_mode="zeros",
             align_corners=False,
         )
-        level_weights = weights[:, :, :, level].reshape(batch * heads, 1, queries, points)
-        output = output + (samples * level_weights).sum(-1)  # (N * M, D, Q)
+        level_weights = weights[:, :, level].reshape(batch * heads, 1, points, queries)
+        output = output + (samples * level_weights).sum(2)  # (N * M, D, Q)
     return output.reshape(batch, heads * channels, queries).transpose(1, 2)
 
 

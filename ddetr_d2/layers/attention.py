@@ -140,14 +140,21 @@ class MSDeformAttn(nn.Module):
                 f"MSDeformAttn: reference_points: expected shape ({batch}, {queries}, {levels}, "
                 f"2 or 4), got {tuple(reference_points.shape)}"
             )
-        offsets = self.sampling_offsets(query).view(batch, queries, heads, levels, points, 2)
+        shape = (batch, queries, heads, levels, points, 2)
+        offsets = self.sampling_offsets(query)
         weights = self.attention_weights(query).view(batch, queries, heads, levels * points)
         weights = weights.softmax(-1).view(batch, queries, heads, levels, points)
 
-        reference = reference_points[:, :, None, :, None, :]  # (N, Q, 1, L, 1, 2 or 4)
         if reference_points.shape[-1] == 2:
-            sizes = _level_sizes(spatial_shapes, reference)
-            return reference + offsets / sizes[:, None, :], weights
+            sizes = _level_sizes(spatial_shapes, reference_points)
+            # One row of L * K * 2 per head: broadcasting over pairs is slow in other runtimes.
+            sizes = sizes[:, None].expand(-1, points, -1).reshape(-1)
+            reference = reference_points[:, :, :, None].expand(-1, -1, -1, points, -1)
+            reference = reference.reshape(batch, queries, 1, levels * points * 2)
+            locations = reference + offsets.view(batch, queries, heads, -1) / sizes
+            return locations.view(shape), weights
+        reference = reference_points[:, :, None, :, None, :]  # (N, Q, 1, L, 1, 4)
+        offsets = offsets.view(shape)
         return reference[..., :2] + offsets / points * reference[..., 2:] * 0.5, weights
 
 
