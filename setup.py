@@ -88,7 +88,7 @@ def extension():
     sources = sorted(CSRC.glob("*.cpp")) + sorted(CSRC.glob("cpu/*.cpp"))
     # at::parallel_for is a header: without OpenMP it is a plain loop on one thread. torch brings
     # the library.
-    compile_args = {"cxx": ["-O3", "-fopenmp"], "nvcc": ["-O3"]}
+    compile_args = {"cxx": ["-O3", "-fopenmp", "-Wno-psabi"], "nvcc": ["-O3"]}
     extension_class = CppExtension
     reason = why_no_cuda()
     if reason is None:
@@ -102,7 +102,7 @@ def extension():
     return extension_class(
         "ddetr_d2._C",
         [str(source) for source in sources],
-        depends=[str(header) for header in sorted(CSRC.glob("*.h"))],
+        depends=[str(header) for header in sorted(CSRC.rglob("*.h")) + sorted(CSRC.rglob("*.cuh"))],
         extra_compile_args=compile_args,
         extra_link_args=["-fopenmp"],
     )

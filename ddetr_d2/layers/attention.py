@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .ms_deform_attn import ms_deform_attn
+from .ms_deform_attn import can_fuse, ms_deform_attn, ms_deform_attn_fused
 
 
 class MSDeformAttn(nn.Module):
@@ -106,13 +106,19 @@ class MSDeformAttn(nn.Module):
                 f"{tuple(value_tokens.shape[:2])} as value_tokens has, "
                 f"got {padding_mask.dtype} {tuple(padding_mask.shape)}"
             )
-        locations, weights = self.sampling(query, reference_points, spatial_shapes)
+        offsets, logits = self._offsets_and_logits(query, reference_points, spatial_shapes)
         value = self.value_proj(value_tokens)
         if padding_mask is not None:
             value = value.masked_fill(padding_mask[..., None], 0.0)
         # Not by unflatten: the ONNX export of a trace takes its sizes for constants.
         value = value.view(*value.shape[:2], self.num_heads, -1)
-        output = self.operator(value, spatial_shapes, level_start_index, locations, weights)
+        levels = (spatial_shapes, level_start_index)
+        if self.operator is ms_deform_attn and can_fuse(value):
+            output = ms_deform_attn_fused(value, *levels, reference_points, offsets, logits)
+        else:
+            locations = self._locations(offsets, reference_points, spatial_shapes)
+            weights = logits.flatten(3).softmax(-1).view(logits.shape)
+            output = self.operator(value, *levels, locations, weights)
         return self.output_proj(output)
 
     def sampling(
@@ -127,6 +133,14 @@ class MSDeformAttn(nn.Module):
         Raises:
             ValueError: an argument has the wrong shape; the message names it.
         """
+        offsets, logits = self._offsets_and_logits(query, reference_points, spatial_shapes)
+        locations = self._locations(offsets, reference_points, spatial_shapes)
+        return locations, logits.flatten(3).softmax(-1).view(logits.shape)
+
+    def _offsets_and_logits(
+        self, query: Tensor, reference_points: Tensor, spatial_shapes: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Offsets (N, Q, M, L, K, 2) and weights before the softmax (N, Q, M, L, K)."""
         batch, queries, _ = query.shape
         heads, levels, points = self.num_heads, self.num_levels, self.num_points
         if len(spatial_shapes) != levels:
@@ -140,22 +154,22 @@ class MSDeformAttn(nn.Module):
                 f"MSDeformAttn: reference_points: expected shape ({batch}, {queries}, {levels}, "
                 f"2 or 4), got {tuple(reference_points.shape)}"
             )
-        shape = (batch, queries, heads, levels, points, 2)
-        offsets = self.sampling_offsets(query)
-        weights = self.attention_weights(query).view(batch, queries, heads, levels * points)
-        weights = weights.softmax(-1).view(batch, queries, heads, levels, points)
+        offsets = self.sampling_offsets(query).view(batch, queries, heads, levels, points, 2)
+        return offsets, self.attention_weights(query).view(batch, queries, heads, levels, points)
 
+    def _locations(
+        self, offsets: Tensor, reference_points: Tensor, spatial_shapes: Sequence[Sequence[int]]
+    ) -> Tensor:
+        points = self.num_points
         if reference_points.shape[-1] == 2:
-            sizes = _level_sizes(spatial_shapes, reference_points)
             # One row of L * K * 2 per head: broadcasting over pairs is slow in other runtimes.
+            sizes = _level_sizes(spatial_shapes, reference_points)
             sizes = sizes[:, None].expand(-1, points, -1).reshape(-1)
             reference = reference_points[:, :, :, None].expand(-1, -1, -1, points, -1)
-            reference = reference.reshape(batch, queries, 1, levels * points * 2)
-            locations = reference + offsets.view(batch, queries, heads, -1) / sizes
-            return locations.view(shape), weights
+            locations = reference.flatten(2)[:, :, None] + offsets.flatten(3) / sizes
+            return locations.view(offsets.shape)
         reference = reference_points[:, :, None, :, None, :]  # (N, Q, 1, L, 1, 4)
-        offsets = offsets.view(shape)
-        return reference[..., :2] + offsets / points * reference[..., 2:] * 0.5, weights
+        return reference[..., :2] + offsets / points * reference[..., 2:] * 0.5
 
 
 def _level_sizes(spatial_shapes: Sequence[Sequence[int]], like: Tensor) -> Tensor:

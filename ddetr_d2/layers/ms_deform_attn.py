@@ -74,6 +74,51 @@ def ms_deform_attn(
     )
 
 
+def can_fuse(value: Tensor) -> bool:
+    """Whether :func:`ms_deform_attn_fused` can be used: on a device that has it, without gradients.
+
+    Not while a model is traced, since what comes of it has to run elsewhere.
+    """
+    return (
+        value.device.type in _FUSED_DEVICES
+        and not torch.is_grad_enabled()
+        and not torch.jit.is_tracing()
+    )
+
+
+def ms_deform_attn_fused(
+    value: Tensor,
+    spatial_shapes: Sequence[Sequence[int]],
+    level_start_index: Sequence[int],
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+) -> Tensor:
+    """:func:`ms_deform_attn` that computes locations and softmax itself, without memory for them.
+
+    Args:
+        value: (N, S, M, D).
+        spatial_shapes: (height, width) in pixels of each level.
+        level_start_index: first token of each level.
+        reference_points: (N, Q, L, 2 or 4) points or boxes, see :class:`MSDeformAttn`.
+        sampling_offsets: (N, Q, M, L, K, 2) from the reference points.
+        attention_logits: (N, Q, M, L, K), weights before the softmax over L and K.
+
+    Returns:
+        (N, Q, M * D) of value's type, without gradient.
+
+    Raises:
+        ValueError: an argument has the wrong shape, type or device; the message names it.
+    """
+    shapes = flat_shapes(spatial_shapes)
+    check_level_starts(level_start_index, shapes)
+    if not torch.compiler.is_compiling():
+        _announce(value.device.type)
+    return torch.ops.ddetr_d2.ms_deform_attn_fused(
+        value, shapes, reference_points, sampling_offsets, attention_logits
+    )
+
+
 @functools.cache
 def _announce(device_type: str) -> None:
     """Say, once per type of device, which implementation is in use."""
@@ -99,6 +144,10 @@ def _fake(value, spatial_shapes, sampling_locations, attention_weights):
     check_inputs(value, spatial_shapes, sampling_locations, attention_weights)
     batch, _, heads, channels = value.shape
     return value.new_empty(batch, sampling_locations.shape[1], heads * channels)
+
+
+def _fake_fused(value, spatial_shapes, reference_points, sampling_offsets, attention_logits):
+    return _fake(value, spatial_shapes, sampling_offsets, attention_logits)
 
 
 def _fake_backward(grad_output, value, spatial_shapes, sampling_locations, attention_weights):
@@ -138,16 +187,24 @@ def _double_backward(ctx, *grads):
 
 if _IMPORT_ERROR is None:
     torch.library.register_fake("ddetr_d2::ms_deform_attn", _fake)
+    torch.library.register_fake("ddetr_d2::ms_deform_attn_fused", _fake_fused)
     torch.library.register_fake("ddetr_d2::ms_deform_attn_backward", _fake_backward)
     torch.library.register_autograd(
         "ddetr_d2::ms_deform_attn", _backward, setup_context=_save_inputs
     )
     torch.library.register_autograd("ddetr_d2::ms_deform_attn_backward", _double_backward)
 
-# Types of devices that the compiled operator has kernels for.
-_COMPILED_DEVICES = frozenset(
-    name
-    for name, key in (("cpu", "CPU"), ("cuda", "CUDA"), ("meta", "Meta"))
-    if _IMPORT_ERROR is None
-    and torch._C._dispatch_has_kernel_for_dispatch_key("ddetr_d2::ms_deform_attn", key)
-)
+
+def _devices_with(operator: str) -> frozenset[str]:
+    """Types of devices that a compiled operator has kernels for."""
+    keys = {"cpu": "CPU", "cuda": "CUDA", "meta": "Meta"}
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return frozenset(
+        device
+        for device, key in keys.items()
+        if _IMPORT_ERROR is None and has_kernel(f"ddetr_d2::{operator}", key)
+    )
+
+
+_COMPILED_DEVICES = _devices_with("ms_deform_attn")
+_FUSED_DEVICES = _devices_with("ms_deform_attn_fused")

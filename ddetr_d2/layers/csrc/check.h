@@ -5,7 +5,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
-#include <utility>
+#include <cstdint>
+#include <limits>
 
 namespace ddetr_d2 {
 
@@ -80,6 +81,37 @@ inline Sizes check_inputs(const at::Tensor& value, at::IntArrayRef spatial_shape
           sampling_locations.size(1),
           levels,
           sampling_locations.size(4)};
+}
+
+// The type of both locations and weights in the kernels.
+inline at::ScalarType common_type(const at::Tensor& value, const at::Tensor& sampling_locations,
+                                  const at::Tensor& attention_weights) {
+  return sampling_locations.scalar_type() == attention_weights.scalar_type()
+             ? sampling_locations.scalar_type()
+             : accumulation_type(value);
+}
+
+// The kernels address the numbers of an image by offsets of 32 bits.
+inline void check_offsets(const Sizes& sizes) {
+  const int64_t numbers = sizes.tokens * sizes.heads * sizes.channels;
+  TORCH_CHECK_VALUE(numbers <= std::numeric_limits<int32_t>::max(),
+                    "ms_deform_attn: value: expected at most 2^31 - 1 numbers per image, got S * M "
+                    "* D = ",
+                    numbers);
+}
+
+inline void check_reference_points(const at::Tensor& reference_points, const at::Tensor& value,
+                                   const Sizes& sizes) {
+  TORCH_CHECK_VALUE(
+      reference_points.device() == value.device() && reference_points.is_floating_point(),
+      "ms_deform_attn: reference_points: expected a floating point tensor on ", value.device(),
+      " as value is, got ", reference_points.scalar_type(), " on ", reference_points.device());
+  TORCH_CHECK_VALUE(
+      reference_points.dim() == 4 && reference_points.size(0) == sizes.batch &&
+          reference_points.size(1) == sizes.queries && reference_points.size(2) == sizes.levels &&
+          (reference_points.size(3) == 2 || reference_points.size(3) == 4),
+      "ms_deform_attn: reference_points: expected shape (N, Q, L, 2 or 4) with N = ", sizes.batch,
+      ", Q = ", sizes.queries, ", L = ", sizes.levels, ", got ", reference_points.sizes());
 }
 
 inline void check_grad_output(const at::Tensor& grad_output, const at::Tensor& value,

@@ -1,0 +1,103 @@
+// The forward pass. A part of kernels_impl.h, which says what may stand here.
+
+// sum[c] += share * pixel[c] over the chunk, for `vectors` vectors of channels.
+template <int vectors, bool all_inside, typename scalar_t>
+inline void gather_vectors(const Chunk<scalar_t>& chunk, const scalar_t* value,
+                           typename Lanes<scalar_t>::real* sum) {
+  using L = Lanes<scalar_t>;
+  // Two sums, since an addition has to wait for the one before.
+  typename L::Real top[vectors], bottom[vectors];
+  for (int v = 0; v < vectors; ++v) {
+    top[v] = load_bytes<typename L::Real>(sum + v * L::count);
+    bottom[v] = typename L::Real{};
+  }
+  for (int i = 0; i < chunk.count; ++i) {
+    for (int corner = 0; corner < 2; ++corner) {
+      const int64_t above = chunk.offset[corner][i];
+      const int64_t below = chunk.offset[corner + 2][i];
+      if (all_inside || above >= 0) {
+        for (int v = 0; v < vectors; ++v) {
+          top[v] += chunk.share[corner][i] * load(value + above + v * L::count);
+        }
+      }
+      if (all_inside || below >= 0) {
+        for (int v = 0; v < vectors; ++v) {
+          bottom[v] += chunk.share[corner + 2][i] * load(value + below + v * L::count);
+        }
+      }
+    }
+  }
+  for (int v = 0; v < vectors; ++v) store(sum + v * L::count, top[v] + bottom[v]);
+}
+
+template <int vectors, typename scalar_t>
+inline void gather(const Chunk<scalar_t>& chunk, const scalar_t* value,
+                   typename Lanes<scalar_t>::real* sum) {
+  if (chunk.all_inside) {
+    gather_vectors<vectors, true>(chunk, value, sum);
+  } else {
+    gather_vectors<vectors, false>(chunk, value, sum);
+  }
+}
+
+// sum[c] += the chunk's samples, for all channels of a head.
+template <typename scalar_t>
+inline void add_samples(const Chunk<scalar_t>& chunk, const scalar_t* value, int64_t channels,
+                        typename Lanes<scalar_t>::real* sum) {
+  using L = Lanes<scalar_t>;
+  int64_t c = 0;
+  for (; c + 4 * L::count <= channels; c += 4 * L::count) gather<4>(chunk, value + c, sum + c);
+  for (; c + 2 * L::count <= channels; c += 2 * L::count) gather<2>(chunk, value + c, sum + c);
+  for (; c + L::count <= channels; c += L::count) gather<1>(chunk, value + c, sum + c);
+  for (; c < channels; ++c) {
+    for (int i = 0; i < chunk.count; ++i) {
+      for (int corner = 0; corner < 4; ++corner) {
+        const auto offset = chunk.offset[corner][i];
+        if (offset >= 0) {
+          sum[c] += chunk.share[corner][i] * static_cast<typename L::real>(value[offset + c]);
+        }
+      }
+    }
+  }
+}
+
+template <typename scalar_t, typename location_t>
+void forward(const Call& call, int64_t begin, int64_t end) {
+  using real = typename Lanes<scalar_t>::real;
+  const int64_t stride = call.heads * call.channels;
+  const int64_t rows = call.batch * call.queries * call.heads;
+  const Plan<scalar_t> plan(call, 0, call.levels);
+  Sampling<scalar_t> sampling(call);
+  Chunk<scalar_t> chunk;
+  real* const sums = new real[call.channels];
+  for (int64_t query = begin; query < end; ++query) {
+    const auto* image =
+        static_cast<const scalar_t*>(call.value) + query / call.queries * call.tokens * stride;
+    if (call.reference != nullptr) sampling.set_query(call, query);
+    for (int64_t head = 0; head < call.heads; ++head) {
+      const scalar_t* value = image + head * call.channels;
+      const int64_t row = query * call.heads + head;
+      const auto* locations =
+          static_cast<const location_t*>(call.locations) + row * plan.samples * 2;
+      const auto* weights = static_cast<const location_t*>(call.weights) + row * plan.samples;
+      if (call.reference != nullptr) sampling.set_head(locations, weights);
+      auto* output = static_cast<scalar_t*>(call.output) + row * call.channels;
+      real* sum = sums;
+      if constexpr (std::is_same_v<scalar_t, real>) sum = output;
+      for (int64_t c = 0; c < call.channels; ++c) sum[c] = 0;
+      for (int64_t first = 0; first < plan.samples; first += chunk.kSamples) {
+        if (call.reference != nullptr) {
+          chunk.fill(plan, first, sampling.locations(), sampling.weights(), sampling.padded(),
+                     stride);
+        } else {
+          chunk.fill(plan, first, locations, weights, (rows - row) * plan.samples, stride);
+        }
+        add_samples(chunk, value, call.channels, sum);
+      }
+      if constexpr (!std::is_same_v<scalar_t, real>) {
+        for (int64_t c = 0; c < call.channels; ++c) output[c] = static_cast<scalar_t>(sum[c]);
+      }
+    }
+  }
+  delete[] sums;
+}
