@@ -2,209 +2,148 @@
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <algorithm>
+#include <cstdint>
 #include <tuple>
 
-#include "../bilinear.h"
 #include "../check.h"
+#include "kernels.cuh"
 
 namespace ddetr_d2 {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarpSize = 32;
-constexpr int kMaxLevels = 16;
-constexpr int64_t kMaxBlocks = 1 << 30;
-
-// Passed by value as a kernel argument: no copy to the device, and a broadcast read in the kernel.
-struct LevelShapes {
-  int64_t height[kMaxLevels];
-  int64_t width[kMaxLevels];
-};
-
-LevelShapes level_shapes(at::IntArrayRef spatial_shapes) {
-  TORCH_CHECK_VALUE(spatial_shapes.size() <= 2 * kMaxLevels,
-                    "ms_deform_attn: spatial_shapes: expected at most ", kMaxLevels,
-                    " levels on a GPU, got ", spatial_shapes.size() / 2);
-  LevelShapes shapes{};
-  for (size_t l = 0; l < spatial_shapes.size() / 2; ++l) {
-    shapes.height[l] = spatial_shapes[2 * l];
-    shapes.width[l] = spatial_shapes[2 * l + 1];
-  }
-  return shapes;
+// Contiguous, and at an address that 16 bytes can be read from at once: that of a part of a larger
+// tensor need not be one.
+at::Tensor aligned(const at::Tensor& tensor) {
+  const at::Tensor contiguous = tensor.contiguous();
+  const auto address = reinterpret_cast<uintptr_t>(contiguous.const_data_ptr());
+  return address % 16 == 0 ? contiguous : contiguous.clone();
 }
 
-int blocks_for(int64_t threads) {
-  return static_cast<int>(std::min((threads + kThreads - 1) / kThreads, kMaxBlocks));
-}
+// The checked and contiguous arguments of a call, and how the kernels are to run.
+struct Inputs {
+  c10::cuda::CUDAGuard guard;
+  Sizes sizes;
+  at::Tensor value, locations, weights;
+  Levels levels{};
+  CudaCall call{};
+  int vector;  // numbers of value in 16 bytes, 1 where the channels cannot be split so
 
-// One thread per channel of a head of a query.
-template <typename scalar_t, typename acc_t>
-__global__ void forward_kernel(const Sizes sizes, const scalar_t* __restrict__ value,
-                               const LevelShapes shapes, const acc_t* __restrict__ locations,
-                               const acc_t* __restrict__ weights, scalar_t* __restrict__ output) {
-  const int64_t stride = sizes.heads * sizes.channels;
-  const int64_t samples = sizes.levels * sizes.points;
-  const int64_t total = sizes.batch * sizes.queries * stride;
-  for (int64_t index = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; index < total;
-       index += static_cast<int64_t>(gridDim.x) * blockDim.x) {
-    const int64_t row = index / sizes.channels;
-    const int64_t batch = index / stride / sizes.queries;
-    const scalar_t* level = value + batch * sizes.tokens * stride + index % stride;
-    const acc_t* location = locations + row * samples * 2;
-    const acc_t* weight = weights + row * samples;
-    acc_t sum = 0;
+  Inputs(const at::Tensor& value_, at::IntArrayRef spatial_shapes,
+         const at::Tensor& sampling_locations, const at::Tensor& attention_weights)
+      : guard(value_.device()),
+        sizes(check_inputs(value_, spatial_shapes, sampling_locations, attention_weights)) {
+    check_offsets(sizes);
+    TORCH_CHECK_VALUE(sizes.levels <= kMaxLevels,
+                      "ms_deform_attn: spatial_shapes: expected at most ", kMaxLevels,
+                      " levels on a GPU, got ", sizes.levels);
+    const auto type = common_type(value_, sampling_locations, attention_weights);
+    value = aligned(value_);
+    locations = aligned(sampling_locations.to(type));
+    weights = attention_weights.to(type).contiguous();
+    int32_t first_token = 0;
     for (int64_t l = 0; l < sizes.levels; ++l) {
-      const int64_t height = shapes.height[l];
-      const int64_t width = shapes.width[l];
-      for (int64_t k = 0; k < sizes.points; ++k, location += 2, ++weight) {
-        Corner<acc_t> corners[4];
-        if (find_corners(location[0], location[1], height, width, corners)) {
-          sample_forward(level, stride, corners, *weight, 1, &sum);
-        }
-      }
-      level += height * width * stride;
+      levels.rows[l] = static_cast<int32_t>(spatial_shapes[2 * l]);
+      levels.columns[l] = static_cast<int32_t>(spatial_shapes[2 * l + 1]);
+      levels.first_token[l] = first_token;
+      first_token += levels.rows[l] * levels.columns[l];
     }
-    output[index] = static_cast<scalar_t>(sum);
+    vector = vector_for(sizes.channels, static_cast<int>(value.element_size()));
+    call = {sizes.batch,
+            sizes.tokens,
+            static_cast<int32_t>(sizes.heads),
+            static_cast<int32_t>(sizes.channels),
+            static_cast<int32_t>(sizes.queries),
+            static_cast<int32_t>(sizes.levels),
+            static_cast<int32_t>(sizes.points),
+            group_for(sizes.channels, vector)};
   }
-}
 
-template <typename acc_t>
-__device__ acc_t warp_sum(acc_t sum) {
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    sum += __shfl_down_sync(0xffffffff, sum, distance);
-  }
-  return sum;
-}
-
-struct AtomicAdd {
-  template <typename acc_t>
-  __device__ void operator()(acc_t* to, acc_t amount) const {
-    atomicAdd(to, amount);
-  }
+  unsigned blocks(int64_t items) const { return blocks_for(items, call.group, kThreads); }
 };
 
-// One warp per head of `queries_per_warp` successive queries, its lanes side by side on the
-// channels. Where one warp has all queries of an image, every sum in grad_value is made by one
-// thread in a fixed order.
-template <typename scalar_t, typename acc_t>
-__global__ void backward_kernel(const Sizes sizes, const int64_t queries_per_warp,
-                                const scalar_t* __restrict__ grad_output,
-                                const scalar_t* __restrict__ value, const LevelShapes shapes,
-                                const acc_t* __restrict__ locations,
-                                const acc_t* __restrict__ weights, acc_t* __restrict__ grad_value,
-                                acc_t* __restrict__ grad_locations,
-                                acc_t* __restrict__ grad_weights) {
-  const int64_t stride = sizes.heads * sizes.channels;
-  const int64_t samples = sizes.levels * sizes.points;
-  const int64_t chunks = (sizes.queries + queries_per_warp - 1) / queries_per_warp;
-  const int64_t items = sizes.batch * chunks * sizes.heads;
-  const int lane = threadIdx.x % kWarpSize;
-  const int64_t warps = static_cast<int64_t>(gridDim.x) * blockDim.x / kWarpSize;
-  for (int64_t item = (blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x) / kWarpSize;
-       item < items; item += warps) {
-    const int64_t head = item % sizes.heads;
-    const int64_t batch = item / sizes.heads / chunks;
-    const int64_t first_query = item / sizes.heads % chunks * queries_per_warp;
-    const int64_t last_query = min(first_query + queries_per_warp, sizes.queries);
-    for (int64_t query = first_query; query < last_query; ++query) {
-      const int64_t row = (batch * sizes.queries + query) * sizes.heads + head;
-      int64_t offset = batch * sizes.tokens * stride + head * sizes.channels;
-      int64_t sample = row * samples;
-      for (int64_t l = 0; l < sizes.levels; ++l) {
-        const int64_t height = shapes.height[l];
-        const int64_t width = shapes.width[l];
-        for (int64_t k = 0; k < sizes.points; ++k, ++sample) {
-          Corner<acc_t> corners[4];
-          if (!find_corners(locations[2 * sample], locations[2 * sample + 1], height, width,
-                            corners)) {
-            continue;  // The same in all lanes.
-          }
-          const acc_t weight = weights[sample];
-          SampleGrad<acc_t> grad;
-          for (int64_t c = lane; c < sizes.channels; c += kWarpSize) {
-            const acc_t grad_out = static_cast<acc_t>(grad_output[row * sizes.channels + c]);
-            sample_backward(value + offset + c, grad_value + offset + c, stride, corners, weight, 1,
-                            &grad_out, AtomicAdd(), grad);
-          }
-          grad.x = warp_sum(grad.x);
-          grad.y = warp_sum(grad.y);
-          grad.attention = warp_sum(grad.attention);
-          if (lane == 0) {
-            grad_locations[2 * sample] = grad.x;
-            grad_locations[2 * sample + 1] = grad.y;
-            grad_weights[sample] = grad.attention;
-          }
+// Calls run with one value of each type, and the vector's length as a type, that `inputs` needs.
+template <typename Run>
+void dispatch(const Inputs& inputs, Run run) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, inputs.value.scalar_type(), "ms_deform_attn", [&] {
+        using acc_t = at::opmath_type<scalar_t>;
+        constexpr int wide = 16 / sizeof(scalar_t);
+        const bool narrow = inputs.locations.scalar_type() == inputs.value.scalar_type();
+        if (narrow && inputs.vector == wide) {
+          run(scalar_t{}, acc_t{}, scalar_t{}, std::integral_constant<int, wide>{});
+        } else if (narrow) {
+          run(scalar_t{}, acc_t{}, scalar_t{}, std::integral_constant<int, 1>{});
+        } else if (inputs.vector == wide) {
+          run(scalar_t{}, acc_t{}, acc_t{}, std::integral_constant<int, wide>{});
+        } else {
+          run(scalar_t{}, acc_t{}, acc_t{}, std::integral_constant<int, 1>{});
         }
-        offset += height * width * stride;
-      }
-    }
-  }
+      });
 }
 
 at::Tensor ms_deform_attn_cuda(const at::Tensor& value, at::IntArrayRef spatial_shapes,
                                const at::Tensor& sampling_locations,
                                const at::Tensor& attention_weights) {
-  const Sizes sizes = check_inputs(value, spatial_shapes, sampling_locations, attention_weights);
-  const LevelShapes shapes = level_shapes(spatial_shapes);
-  const c10::cuda::CUDAGuard device_guard(value.device());
-  const auto type = accumulation_type(value);
-  const at::Tensor values = value.contiguous();
-  const at::Tensor locations = sampling_locations.to(type).contiguous();
-  const at::Tensor weights = attention_weights.to(type).contiguous();
+  const Inputs inputs(value, spatial_shapes, sampling_locations, attention_weights);
+  const Sizes& sizes = inputs.sizes;
   at::Tensor output =
-      at::empty({sizes.batch, sizes.queries, sizes.heads * sizes.channels}, values.options());
+      at::empty({sizes.batch, sizes.queries, sizes.heads * sizes.channels}, value.options());
   if (output.numel() == 0) return output;
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, value.scalar_type(), "ms_deform_attn_cuda", [&] {
-        using acc_t = at::opmath_type<scalar_t>;
-        forward_kernel<scalar_t, acc_t>
-            <<<blocks_for(output.numel()), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-                sizes, values.const_data_ptr<scalar_t>(), shapes, locations.const_data_ptr<acc_t>(),
-                weights.const_data_ptr<acc_t>(), output.mutable_data_ptr<scalar_t>());
-        C10_CUDA_KERNEL_LAUNCH_CHECK();
-      });
+  dispatch(inputs, [&](auto scalar, auto acc, auto location, auto vector) {
+    using scalar_t = decltype(scalar);
+    using location_t = decltype(location);
+    forward_kernel<scalar_t, decltype(acc), location_t, decltype(vector)::value>
+        <<<inputs.blocks(sizes.batch * sizes.queries * sizes.heads), kThreads, 0,
+           c10::cuda::getCurrentCUDAStream()>>>(
+            inputs.call, inputs.levels, inputs.value.const_data_ptr<scalar_t>(),
+            inputs.locations.const_data_ptr<location_t>(),
+            inputs.weights.const_data_ptr<location_t>(), output.mutable_data_ptr<scalar_t>());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
   return output;
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward_cuda(
     const at::Tensor& grad_output, const at::Tensor& value, at::IntArrayRef spatial_shapes,
     const at::Tensor& sampling_locations, const at::Tensor& attention_weights) {
-  const Sizes sizes = check_inputs(value, spatial_shapes, sampling_locations, attention_weights);
+  const Inputs inputs(value, spatial_shapes, sampling_locations, attention_weights);
+  const Sizes& sizes = inputs.sizes;
   check_grad_output(grad_output, value, sizes);
-  const LevelShapes shapes = level_shapes(spatial_shapes);
-  const c10::cuda::CUDAGuard device_guard(value.device());
-  const auto type = accumulation_type(value);
-  const at::Tensor grad_outputs = grad_output.contiguous();
-  const at::Tensor values = value.contiguous();
-  const at::Tensor locations = sampling_locations.to(type).contiguous();
-  const at::Tensor weights = attention_weights.to(type).contiguous();
-  at::Tensor grad_value = at::zeros(values.sizes(), values.options().dtype(type));
-  at::Tensor grad_locations = at::zeros(locations.sizes(), locations.options());
-  at::Tensor grad_weights = at::zeros(weights.sizes(), weights.options());
+  const at::Tensor grad_outputs = aligned(grad_output);
+  // Sums of 16 bit numbers are made in float.
+  at::Tensor grad_value =
+      at::zeros(inputs.value.sizes(), value.options().dtype(accumulation_type(value)));
+  const bool is_empty = grad_outputs.numel() == 0;  // then no kernel writes to these two
+  at::Tensor grad_locations =
+      is_empty ? at::zeros_like(inputs.locations) : at::empty_like(inputs.locations);
+  at::Tensor grad_weights =
+      is_empty ? at::zeros_like(inputs.weights) : at::empty_like(inputs.weights);
   // Slow, since it leaves most of the GPU idle, but the order of all sums is fixed.
-  const bool deterministic = at::globalContext().deterministicAlgorithms();
-  const int64_t queries_per_warp = deterministic ? sizes.queries : 1;
-  const int64_t warps =
-      deterministic ? sizes.batch * sizes.heads : sizes.batch * sizes.queries * sizes.heads;
-  if (grad_outputs.numel() > 0) {
-    AT_DISPATCH_FLOATING_TYPES_AND2(
-        at::kHalf, at::kBFloat16, value.scalar_type(), "ms_deform_attn_backward_cuda", [&] {
-          using acc_t = at::opmath_type<scalar_t>;
-          backward_kernel<scalar_t, acc_t>
-              <<<blocks_for(warps * kWarpSize), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-                  sizes, queries_per_warp, grad_outputs.const_data_ptr<scalar_t>(),
-                  values.const_data_ptr<scalar_t>(), shapes, locations.const_data_ptr<acc_t>(),
-                  weights.const_data_ptr<acc_t>(), grad_value.mutable_data_ptr<acc_t>(),
-                  grad_locations.mutable_data_ptr<acc_t>(), grad_weights.mutable_data_ptr<acc_t>());
-          C10_CUDA_KERNEL_LAUNCH_CHECK();
-        });
+  const bool in_order = at::globalContext().deterministicAlgorithms();
+  const int64_t items = sizes.batch * sizes.heads * (in_order ? sizes.levels : sizes.queries);
+  if (!is_empty) {
+    dispatch(inputs, [&](auto scalar, auto acc, auto location, auto vector) {
+      using scalar_t = decltype(scalar);
+      using acc_t = decltype(acc);
+      using location_t = decltype(location);
+      backward_kernel<scalar_t, acc_t, location_t, decltype(vector)::value>
+          <<<inputs.blocks(items), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+              inputs.call, inputs.levels, in_order, grad_outputs.const_data_ptr<scalar_t>(),
+              inputs.value.const_data_ptr<scalar_t>(),
+              inputs.locations.const_data_ptr<location_t>(),
+              inputs.weights.const_data_ptr<location_t>(), grad_value.mutable_data_ptr<acc_t>(),
+              grad_locations.mutable_data_ptr<location_t>(),
+              grad_weights.mutable_data_ptr<location_t>());
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+    });
   }
   return {grad_value.to(value.scalar_type()), grad_locations.to(sampling_locations.scalar_type()),
           grad_weights.to(attention_weights.scalar_type())};
