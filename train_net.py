@@ -14,6 +14,7 @@ from torch.multiprocessing import ProcessExitedException
 from ddetr_d2.data import infer_num_classes, register_datasets
 from ddetr_d2.engine import Trainer, setup_cfg
 from ddetr_d2.errors import UserError, exit_on_user_error
+from ddetr_d2.modeling import prepare_for_inference
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -46,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
             if not cfg.MODEL.WEIGHTS and not (args.resume and checkpointer.has_checkpoint()):
                 raise UserError("nothing to evaluate: MODEL.WEIGHTS is empty; give a checkpoint.")
             checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-            Trainer.test(cfg, model)
+            Trainer.test(cfg, prepare_for_inference(model))
         else:
             trainer = Trainer(cfg)
             trainer.resume_or_load(resume=args.resume)

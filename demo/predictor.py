@@ -15,6 +15,7 @@ from ddetr_d2.checkpoint import DetrCheckpointer, read_class_names
 from ddetr_d2.data import build_augmentation, register_datasets
 from ddetr_d2.engine import setup_cfg
 from ddetr_d2.errors import UserError
+from ddetr_d2.modeling import prepare_for_inference
 
 
 class Predictor(DefaultPredictor):
@@ -22,8 +23,9 @@ class Predictor(DefaultPredictor):
 
     def __init__(self, cfg: CfgNode):
         self.cfg = cfg.clone()
-        self.model = build_model(self.cfg).eval()
-        DetrCheckpointer(self.model, strict=True).load(cfg.MODEL.WEIGHTS)
+        model = build_model(self.cfg)
+        DetrCheckpointer(model, strict=True).load(cfg.MODEL.WEIGHTS)
+        self.model = prepare_for_inference(model)
         (self.aug,) = build_augmentation(cfg, is_train=False)
         self.input_format = cfg.INPUT.FORMAT
 

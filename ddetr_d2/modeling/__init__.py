@@ -2,5 +2,6 @@
 
 from . import backbone  # noqa: F401  registers the backbones
 from .deformable_detr import DeformableDETR
+from .inference import prepare_for_inference
 
-__all__ = ["DeformableDETR"]
+__all__ = ["DeformableDETR", "prepare_for_inference"]

@@ -151,13 +151,13 @@ class DeformableDETR(nn.Module):
         return self.postprocess(layers[-1], batched_inputs, images.image_sizes)
 
     def predict(
-        self, images: Tensor, padding_mask: Tensor
+        self, images: Tensor, padding_mask: Tensor | None
     ) -> tuple[list[Predictions], Predictions | None]:
         """The model between its tensors, without lists of images and without losses.
 
         Args:
             images: (N, 3, H, W), normalised, padded at the right and the bottom.
-            padding_mask: (N, H, W) bool, True on padding.
+            padding_mask: (N, H, W) bool, True on padding; None where there is none.
 
         Returns:
             the predictions of every decoder layer, the final ones last, and the encoder's
@@ -179,9 +179,11 @@ class DeformableDETR(nn.Module):
         )
 
     @staticmethod
-    def _padding_mask(images: ImageList) -> Tensor:
-        """(N, H, W) bool, True on padding."""
+    def _padding_mask(images: ImageList) -> Tensor | None:
+        """(N, H, W) bool, True on padding; None if the images have none."""
         tensor = images.tensor
+        if all(tuple(size) == tensor.shape[-2:] for size in images.image_sizes):
+            return None
         mask = torch.ones(
             (tensor.shape[0], *tensor.shape[-2:]), dtype=torch.bool, device=tensor.device
         )

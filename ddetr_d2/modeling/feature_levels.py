@@ -16,8 +16,8 @@ class FeatureLevels:
 
     Attributes:
         tokens: (N, S, C) features, level after level, row after row.
-        position: (N, S, C) position and level embedding of each token.
-        padding_mask: (N, S) bool, True where a token lies on padding.
+        position: (N or 1, S, C) position and level embedding of each token.
+        padding_mask: (N, S) bool, True where a token lies on padding; None if there is none.
         spatial_shapes: (H_l, W_l) of each level.
         level_start_index: index of each level's first token.
         valid_ratios: (N, L, 2) unpadded over full width and height of each level.
@@ -25,7 +25,7 @@ class FeatureLevels:
 
     tokens: Tensor
     position: Tensor
-    padding_mask: Tensor
+    padding_mask: Tensor | None
     spatial_shapes: tuple[tuple[int, int], ...]
     level_start_index: tuple[int, ...]
     valid_ratios: Tensor
@@ -72,11 +72,11 @@ class FeatureProjection(nn.Module):
         self.level_embed = nn.Parameter(torch.empty(num_levels, hidden_dim))
         nn.init.normal_(self.level_embed)
 
-    def forward(self, features: Sequence[Tensor], image_mask: Tensor) -> FeatureLevels:
+    def forward(self, features: Sequence[Tensor], image_mask: Tensor | None) -> FeatureLevels:
         """
         Args:
             features: (N, C_l, H_l, W_l) backbone features, fine to coarse.
-            image_mask: (N, H, W) bool, True on the padding of the images.
+            image_mask: (N, H, W) bool, True on the padding of the images; None if there is none.
         """
         tokens, positions, masks, shapes, valid_ratios = [], [], [], [], []
         coarsest = features[-1]
@@ -86,7 +86,10 @@ class FeatureProjection(nn.Module):
             else:
                 feature = coarsest = projection(coarsest)
             height, width = feature.shape[-2:]
-            mask = F.interpolate(image_mask[:, None].float(), size=(height, width))[:, 0].bool()
+            if image_mask is None:  # then positions are the same in all images
+                mask = torch.zeros((1, height, width), dtype=torch.bool, device=feature.device)
+            else:
+                mask = F.interpolate(image_mask[:, None].float(), size=(height, width))[:, 0].bool()
             # Positions and ratios in 16 bits would be off by pixels.
             dtype = torch.promote_types(feature.dtype, torch.float32)
             position = sine_position_embedding(mask, feature.shape[1], dtype)
@@ -105,8 +108,8 @@ class FeatureProjection(nn.Module):
         return FeatureLevels(
             tokens=torch.cat(tokens, dim=1),
             position=torch.cat(positions, dim=1),
-            padding_mask=torch.cat(masks, dim=1),
+            padding_mask=None if image_mask is None else torch.cat(masks, dim=1),
             spatial_shapes=tuple(shapes),
             level_start_index=tuple(starts),
-            valid_ratios=torch.stack(valid_ratios, dim=1),
+            valid_ratios=torch.stack(valid_ratios, dim=1).expand(len(tokens[0]), -1, -1),
         )

@@ -107,5 +107,5 @@ class EncoderProposals(nn.Module):
         )
         boxes = torch.cat((centers, sizes.expand_as(centers)), dim=-1)
         inside = ((boxes > ANCHOR_MARGIN) & (boxes < 1 - ANCHOR_MARGIN)).all(-1)
-        usable = inside & ~levels.padding_mask
+        usable = inside if levels.padding_mask is None else inside & ~levels.padding_mask
         return boxes.logit().masked_fill(~usable[..., None], math.inf), usable

@@ -35,7 +35,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, Q, C) to (N, Q, C)."""
-        hidden = self.dropout(self.linear1(x).relu())
+        hidden = self.dropout(self.linear1(x).relu_())
         return self.norm(x + self.dropout(self.linear2(hidden)))
 
 

@@ -107,11 +107,12 @@ class SamplingRecorder:
         """(width, height) of what the levels cover, the image and its padding, in pixels of the
         image."""
         height, width = image_size
-        inside = ~self._arguments[self._projection][1][0]  # (H, W)
-        return (
-            torch.tensor([width, height])
-            / torch.stack([inside[0].float().mean(), inside[:, 0].float().mean()]).cpu()
-        )
+        size = torch.tensor([width, height])
+        padding_mask = self._arguments[self._projection][1]
+        if padding_mask is None:
+            return size
+        inside = ~padding_mask[0]  # (H, W)
+        return size / torch.stack([inside[0].float().mean(), inside[:, 0].float().mean()]).cpu()
 
     @torch.no_grad()
     def _points(
