@@ -53,6 +53,7 @@ from tqdm import tqdm
 
 from ddetr_d2.engine import setup_cfg
 from ddetr_d2.errors import UserError, exit_on_user_error
+from ddetr_d2.modeling import prepare_for_inference
 
 OURS, THEIRS = "ddetr_d2", "transformers"
 CLASSES = 91  # where the configuration leaves it open, as in the published models
@@ -264,11 +265,11 @@ TABLES = {
 }
 
 
-def other_model(bench_cfg: CfgNode, ours: nn.Module, folder: str) -> nn.Module | None:
+def other_model(cfg: CfgNode, ours: nn.Module, folder: str) -> nn.Module | None:
     """The same model in transformers; None if there is none or transformers is missing."""
     try:
-        save_for_transformers(ours, bench_cfg, folder)
-        return make_theirs(folder, bench_cfg.MODEL.DEVICE)
+        save_for_transformers(ours, cfg, folder)
+        return make_theirs(folder, cfg.MODEL.DEVICE)
     except ImportError as error:
         note(f"transformers is left out: {error}; pip install transformers brings it.")
     except UserError as error:
@@ -342,6 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if {"inference", "memory"} & set(args.parts):
             theirs = other_model(cfg, ours, folder)
+        ours = prepare_for_inference(ours)
         total = number_of_turns(args, 1 if theirs is None else 2)
         with tqdm(total=total, unit="turn", file=sys.stderr) as progress:
             bench = Bench(cfg, args, ours, theirs, folder, progress)

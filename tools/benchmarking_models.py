@@ -14,18 +14,19 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from ddetr_d2.checkpoint.transformers import to_transformers
+from ddetr_d2.modeling import prepare_for_inference
 
 # Of scores and of boxes relative to the image.
 TOLERANCE = 1e-3
 
 
 def make_ours(cfg: CfgNode) -> nn.Module:
-    """The model of ``cfg`` for inference, with random weights that always are the same.
+    """The model of ``cfg``, with random weights that always are the same.
 
     Sampling points and scores are spread, as they are in a trained model.
     """
     torch.manual_seed(0)
-    model = build_model(cfg).eval()
+    model = build_model(cfg)
     for name, parameter in model.named_parameters():
         if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
             nn.init.normal_(parameter, std=0.05)
@@ -64,7 +65,7 @@ def make_images(batch: int, size: Sequence[int]) -> list[Tensor]:
 
 
 def run_ours(model: nn.Module, images: Sequence[Tensor]) -> list[Instances]:
-    """Detections, as the demo's predictor asks for them."""
+    """Detections, as the demo asks for them of a model made by ``prepare_for_inference``."""
     with torch.inference_mode():
         return [x["instances"] for x in model([{"image": image} for image in images])]
 
@@ -124,7 +125,7 @@ def compare(cfg: CfgNode, ours: nn.Module, theirs: nn.Module, size: Sequence[int
 
 def prepare_ours(cfg: CfgNode, size: Sequence[int]) -> Run:
     """Two inferences of this project's model: what is kept for the second one counts as well."""
-    model, images = make_ours(cfg), make_images(1, size)
+    model, images = prepare_for_inference(make_ours(cfg)), make_images(1, size)
     return lambda: [run_ours(model, images) for _ in range(2)]
 
 
