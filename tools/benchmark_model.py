@@ -140,7 +140,7 @@ def inference(bench: Bench) -> Record:
 
 
 def breakdown(bench: Bench) -> Record:
-    """Median durations of the parts of one inference, and its longest operators."""
+    """Durations of the parts of the median one of several inferences, and its operators."""
     images = [image.to(bench.args.device) for image in make_images(1, bench.size)]
 
     def run() -> object:
@@ -151,13 +151,13 @@ def breakdown(bench: Bench) -> Record:
     for _ in range(bench.args.repetitions):
         times.append(part_seconds(bench.ours, run))
         bench.progress.update()
-    medians = {part: statistics.median(x[part] for x in times) for part in times[0]}
-    total = medians.pop("total")
-    medians |= {"rest": max(0.0, total - sum(medians.values())), "total": total}
+    parts = sorted(times, key=lambda x: x["total"])[len(times) // 2]
+    total = parts.pop("total")
+    parts |= {"rest": total - sum(parts.values()), "total": total}
     report: Record = {
         "breakdown": [
             {"part": part, "ms": seconds * 1e3, "share": seconds / total}
-            for part, seconds in medians.items()
+            for part, seconds in parts.items()
         ],
         "operators": operators(run, bench.args.device),
     }

@@ -13,6 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from ddetr_d2.engine import Trainer
@@ -63,7 +64,12 @@ def operators(function: Run, device: str, number: int = 15) -> list[Record]:
         function()
         synchronize()
     key = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    times = {x.key: (getattr(x, key), x.count) for x in profiler.key_averages()}
+    # Each kernel on a GPU stands there again, as a row of its own.
+    times = {
+        x.key: (getattr(x, key), x.count)
+        for x in profiler.key_averages()
+        if x.device_type == DeviceType.CPU
+    }
     total = sum(microseconds for microseconds, _ in times.values())
     longest = sorted(times.items(), key=lambda item: -item[1][0])[:number]
     return [
