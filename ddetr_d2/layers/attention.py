@@ -117,7 +117,7 @@ class MSDeformAttn(nn.Module):
             output = ms_deform_attn_fused(value, *levels, reference_points, offsets, logits)
         else:
             locations = self._locations(offsets, reference_points, spatial_shapes)
-            weights = logits.flatten(3).softmax(-1).view(logits.shape)
+            weights = self._softmax(logits)
             output = self.operator(value, *levels, locations, weights)
         return self.output_proj(output)
 
@@ -135,7 +135,7 @@ class MSDeformAttn(nn.Module):
         """
         offsets, logits = self._offsets_and_logits(query, reference_points, spatial_shapes)
         locations = self._locations(offsets, reference_points, spatial_shapes)
-        return locations, logits.flatten(3).softmax(-1).view(logits.shape)
+        return locations, self._softmax(logits)
 
     def _offsets_and_logits(
         self, query: Tensor, reference_points: Tensor, spatial_shapes: Sequence[Sequence[int]]
@@ -160,16 +160,26 @@ class MSDeformAttn(nn.Module):
     def _locations(
         self, offsets: Tensor, reference_points: Tensor, spatial_shapes: Sequence[Sequence[int]]
     ) -> Tensor:
-        points = self.num_points
+        # Shapes from the modules' own numbers: as sizes of tensors, ONNX would compute them.
+        batch, queries = reference_points.shape[:2]
+        heads, levels, points = self.num_heads, self.num_levels, self.num_points
         if reference_points.shape[-1] == 2:
             # One row of L * K * 2 per head: broadcasting over pairs is slow in other runtimes.
             sizes = _level_sizes(spatial_shapes, reference_points)
             sizes = sizes[:, None].expand(-1, points, -1).reshape(-1)
             reference = reference_points[:, :, :, None].expand(-1, -1, -1, points, -1)
-            locations = reference.flatten(2)[:, :, None] + offsets.flatten(3) / sizes
-            return locations.view(offsets.shape)
+            reference = reference.reshape(batch, queries, 1, levels * points * 2)
+            locations = reference + offsets.view(batch, queries, heads, -1) / sizes
+            return locations.view(batch, queries, heads, levels, points, 2)
         reference = reference_points[:, :, None, :, None, :]  # (N, Q, 1, L, 1, 4)
         return reference[..., :2] + offsets / points * reference[..., 2:] * 0.5
+
+    def _softmax(self, logits: Tensor) -> Tensor:
+        """Over the levels and points of each head, (N, Q, M, L, K)."""
+        batch, queries = logits.shape[:2]
+        heads, levels, points = self.num_heads, self.num_levels, self.num_points
+        weights = logits.view(batch, queries, heads, levels * points).softmax(-1)
+        return weights.view(batch, queries, heads, levels, points)
 
 
 def _level_sizes(spatial_shapes: Sequence[Sequence[int]], like: Tensor) -> Tensor:

@@ -111,5 +111,5 @@ class FeatureProjection(nn.Module):
             padding_mask=None if image_mask is None else torch.cat(masks, dim=1),
             spatial_shapes=tuple(shapes),
             level_start_index=tuple(starts),
-            valid_ratios=torch.stack(valid_ratios, dim=1).expand(len(tokens[0]), -1, -1),
+            valid_ratios=torch.stack(valid_ratios, dim=1).expand(tokens[0].shape[0], -1, -1),
         )
