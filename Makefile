@@ -19,12 +19,14 @@ REQUIREMENTS := requirements-build.txt requirements.txt requirements-detectron2.
 ALIAS := $(wildcard third_party/detectron2/*.py third_party/detectron2/*.pth third_party/detectron2/*.toml)
 CSRC := $(sort $(shell find ddetr_d2/layers/csrc -type f 2>/dev/null))
 
-.PHONY: help setup demo test lint
+.PHONY: help setup demo test lint bench sanitize
 
 help:
 	@echo 'make demo   set up, train a small detector on synthetic images, evaluate it, draw detections'
 	@echo 'make test   set up, run the tests'
 	@echo 'make lint   set up, check format and style'
+	@echo 'make bench  set up, time the operator and the model beside others (CPU)'
+	@echo 'make sanitize  set up, test the CPU kernels under AddressSanitizer and UBSan'
 	@echo 'make setup  install everything into $(VENV) and compile the operator'
 	@echo 'PYTHON=...  the Python (3.11 or newer) that $(VENV) is made with'
 
@@ -36,6 +38,14 @@ demo: $(COMPILED)
 # Tensors in the tests are small: more threads only wait for each other.
 test: $(COMPILED)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(PY) -m pytest
+
+bench: $(COMPILED)
+	mkdir -p output
+	$(PY) tools/benchmark_op.py --device cpu --json output/benchmark_op.json
+	$(PY) tools/benchmark_model.py --device cpu --json output/benchmark_model.json
+
+sanitize: $(COMPILED)
+	PYTHON=$(PY) tools/sanitize.sh
 
 lint: $(INSTALLED)
 	$(PY) -m ruff format --check .
