@@ -1,11 +1,11 @@
-"""Writing exported detectors, and running what was written."""
+"""Writing exported detectors."""
 
+import contextlib
 import importlib.util
 import json
 import operator
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from ..errors import UserError
+from ..layers.deform_conv import DeformConv
 from .detector import ExportableDetector
 
 # ONNX operator sets: GridSample, and LayerNormalization one later, came with the first two; the
@@ -55,7 +56,8 @@ def write_onnx(
     18, and takes minutes for this model.
 
     Raises:
-        UserError: the operator set is not supported, or the package onnx is missing.
+        UserError: the operator set is not supported, the backbone has deformable convolutions, or
+            the package onnx is missing.
     """
     if opset not in OPSETS:
         raise UserError(
@@ -66,6 +68,11 @@ def write_onnx(
 
     if detector.sampling == "operator":
         raise UserError(_NEEDS_STANDARD.format("ONNX"))
+    if any(isinstance(module, DeformConv) for module in detector.modules()):
+        raise UserError(
+            "the backbone has deformable convolutions, which are not exported to ONNX; choose "
+            "torchscript or torch_export."
+        )
     inputs = _small_batch(detector)
     with _tracing():
         torch.onnx.export(
@@ -169,7 +176,7 @@ def _names_of_axes(detector: ExportableDetector) -> dict[str, dict[int, str]]:
     return axes
 
 
-@contextmanager
+@contextlib.contextmanager
 def _tracing() -> Iterator[None]:
     """No gradients, and no warnings of checks that a trace leaves out."""
     with torch.no_grad(), warnings.catch_warnings():

@@ -97,3 +97,10 @@ def test_mistakes(build, tmp_path):
     with pytest.raises(UserError, match="choose grid_sample or gather"):
         write_onnx(ExportableDetector(model, sampling="operator"), str(path), {})
     assert not path.exists()
+
+
+def test_deformable_convolutions_are_refused(build, tmp_path):
+    small = ("MODEL.RESNETS.WIDTH_PER_GROUP", "1", "MODEL.RESNETS.DEPTH", "50")
+    model = build("deformable_detr_refine_two_stage_x101_dcn", *small)
+    with pytest.raises(UserError, match="deformable convolutions.*choose torchscript"):
+        write_onnx(ExportableDetector(model), str(tmp_path / "model.onnx"), {})
