@@ -51,9 +51,10 @@ PARTS = ("time", "memory")
 WORKLOADS = ("encoder", "decoder")
 PASSES = ("forward", "forward + backward")
 OURS = "ddetr_d2"
-# Relative errors beyond which something else is computed. Sums of many gradients in 16 bits come
-# near them.
-LIMITS = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
+# Relative errors beyond which something else is computed. The gradients of locations jump at the
+# borders of pixels, which rounding puts a few samples on the other side of; and sums of many
+# gradients in 16 bits are coarse.
+LIMITS = {"float32": 1e-2, "bfloat16": 0.1, "float16": 0.1}
 COLUMNS = {
     "workload": "workload",
     "batch": "batch",
