@@ -166,7 +166,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=int, metavar="N", help="threads on the CPU")
     parser.add_argument(
-        "--repetitions", type=int, metavar="N", help="turns of each (default: 5; on a GPU 20)"
+        "--repetitions", type=int, metavar="N", help="turns of each (default: 5; on a GPU 10)"
     )
     parser.add_argument(
         "--image-size",
@@ -193,7 +193,7 @@ def prepare(args: argparse.Namespace, **counts: Sequence[int]) -> None:
     if gpu and not torch.cuda.is_available():
         raise UserError("--device cuda: no usable GPU is here; take --device cpu.")
     if args.repetitions is None:
-        args.repetitions = 20 if gpu else 5
+        args.repetitions = 10 if gpu else 5
     counts |= {"repetitions": [args.repetitions], "image_size": args.image_size}
     if args.threads is not None:
         counts["threads"] = [args.threads]
