@@ -1,0 +1,112 @@
+"""The module around the operator."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ddetr_d2.layers import MSDeformAttn
+
+from .operator_inputs import by_definition, make_module, make_module_inputs
+
+
+def test_initial_values():
+    module = MSDeformAttn(embed_dim=32, num_heads=8, num_levels=2, num_points=3)
+    assert module.sampling_offsets.weight.shape == (8 * 2 * 3 * 2, 32)
+    assert module.attention_weights.weight.shape == (8 * 2 * 3, 32)
+    assert (module.sampling_offsets.weight == 0).all()
+    assert (module.attention_weights.weight == 0).all()
+    assert (module.attention_weights.bias == 0).all()
+    directions = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
+    offsets = module.sampling_offsets.bias.detach().view(8, 2, 3, 2)
+    for m, direction in enumerate(directions):
+        for level in range(2):
+            for k in range(3):
+                expected = torch.tensor(direction, dtype=torch.float32) * (k + 1)
+                torch.testing.assert_close(offsets[m, level, k], expected, atol=1e-5, rtol=0)
+    bound = math.sqrt(6 / (32 + 32))
+    for projection in (module.value_proj, module.output_proj):
+        assert (projection.bias == 0).all()
+        assert 0.9 * bound < projection.weight.abs().max() <= bound
+
+
+@pytest.mark.parametrize("reference_dim", [2, 4])
+def test_module_follows_the_definition(reference_dim):
+    module = make_module().double()
+    inputs = make_module_inputs(reference_dim)
+    query, reference, values = (tensor.double() for tensor in inputs[:3])
+    shapes, starts, mask = inputs[3:]
+
+    offsets = module.sampling_offsets(query).view(2, 5, 4, 3, 2, 2)
+    weights = module.attention_weights(query).view(2, 5, 4, 6).softmax(-1).view(2, 5, 4, 3, 2)
+    locations = torch.zeros_like(offsets)
+    for level, (height, width) in enumerate(shapes):
+        for axis, size in enumerate((width, height)):
+            point = reference[:, :, level, axis, None, None]
+            offset = offsets[:, :, :, level, :, axis]
+            if reference_dim == 2:
+                locations[:, :, :, level, :, axis] = point + offset / size
+            else:
+                extent = reference[:, :, level, 2 + axis, None, None]
+                locations[:, :, :, level, :, axis] = point + offset / 2 * extent * 0.5
+    value = module.value_proj(values)
+    value[mask] = 0
+    expected = by_definition(value.view(2, -1, 4, 4), shapes, locations, weights)
+    expected = module.output_proj(expected)
+    output = module(query, reference, values, shapes, starts, mask)
+    torch.testing.assert_close(output, expected)
+    as_tensors = module(query, reference, values, torch.tensor(shapes), torch.tensor(starts), mask)
+    assert torch.equal(as_tensors, output)
+
+
+def test_padding_has_no_influence():
+    module = make_module()
+    query, reference, values, shapes, starts, mask = make_module_inputs()
+    output = module(query, reference, values, shapes, starts, mask)
+    changed = values.masked_fill(mask[..., None], 1e4)
+    assert torch.equal(module(query, reference, changed, shapes, starts, mask), output)
+    nothing_padded = module(query, reference, values, shapes, starts, torch.zeros_like(mask))
+    assert torch.equal(module(query, reference, values, shapes, starts), nothing_padded)
+
+
+def test_module_errors():
+    with pytest.raises(ValueError, match="embed_dim must be a multiple of num_heads = 8, got 30"):
+        MSDeformAttn(embed_dim=30, num_heads=8)
+    with pytest.raises(ValueError, match="num_points must be at least 1, got 0"):
+        MSDeformAttn(num_points=0)
+    module = make_module()
+    query, reference, values, shapes, starts, mask = make_module_inputs()
+    with pytest.raises(ValueError, match="spatial_shapes: expected 3 levels"):
+        module(query, reference, values, shapes[:2], starts, mask)
+    with pytest.raises(ValueError, match="reference_points: expected shape"):
+        module(query, reference[:, :, :2], values, shapes, starts, mask)
+    with pytest.raises(ValueError, match="reference_points: expected shape"):
+        module(query, reference[..., :1], values, shapes, starts, mask)
+    with pytest.raises(ValueError, match="padding_mask: expected a bool tensor"):
+        module(query, reference, values, shapes, starts, mask[:, :-1])
+    with pytest.raises(ValueError, match="padding_mask: expected a bool tensor"):
+        module(query, reference, values, shapes, starts, mask.float())
+    with pytest.raises(ValueError, match="value: expected S"):
+        module(query, reference, values[:, :-1], shapes, starts, mask[:, :-1])
+
+
+def test_without_the_extension_it_says_so_once_and_works():
+    program = """
+import sys
+sys.modules["ddetr_d2._C"] = None
+import torch
+from ddetr_d2.layers import MSDeformAttn
+module = MSDeformAttn(16, 4, 1, 2)
+for _ in range(2):
+    query, points, tokens = torch.rand(1, 3, 16), torch.rand(1, 3, 1, 2), torch.rand(1, 6, 16)
+    output = module(query, points, tokens, [(2, 3)], [0])
+    output.sum().backward()
+print(tuple(output.shape))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "(1, 3, 16)"
+    assert done.stderr.count("ms_deform_attn on cpu: plain PyTorch") == 1
+    assert "pip install -e . --no-build-isolation" in done.stderr
