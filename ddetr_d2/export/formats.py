@@ -29,15 +29,16 @@ _NEEDS_STANDARD = (
 
 
 def example_inputs(detector: ExportableDetector, *sizes: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Random inputs of a detector: images of these (height, width), padded to one size.
+    """Inputs of a detector: images of noise of these (height, width), padded to one size.
 
-    Boxes are wanted in pixels of pictures twice as large.
+    They are the same in every call. Boxes are wanted in pixels of pictures twice as large.
     """
     device = detector.model.device
     shape = [max(lengths) for lengths in zip(*sizes, strict=True)]
     images = torch.zeros(len(sizes), 3, *shape, dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(0)
     for image, (height, width) in zip(images, sizes, strict=True):
-        image[:, :height, :width].random_(256)
+        image[:, :height, :width].random_(256, generator=generator)
     image_sizes = torch.tensor(sizes)
     inputs = [images, image_sizes]
     if not detector.preprocess:

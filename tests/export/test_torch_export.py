@@ -18,7 +18,7 @@ def test_same_detections(variant, build, check):
     model = build(variant)
     program = export_program(ExportableDetector(model, sampling="operator"))
     operators = {str(node.target) for node in program.graph.nodes}
-    assert "ddetr_d2.ms_deform_attn.default" in operators
+    assert any(name.startswith("ddetr_d2.ms_deform_attn") for name in operators)
     check(model, program.module())
 
 
