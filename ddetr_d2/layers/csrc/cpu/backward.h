@@ -1,133 +1,254 @@
 // The backward pass. A part of kernels_impl.h, which says what may stand here.
 
-// grad_value[c] += share * grad_output[c] at each corner, and the lanes of product += the products
-// of grad_output and pixel, for `vectors` vectors of channels. A pixel of value lies `step` times
-// as far from the head's first one as its gradient does.
+// The gradients of the pixels of a head, summed in float or double. Of a sum for a 16 bit type the
+// upper half stands where the result will be, the lower half in a buffer.
+template <typename scalar_t>
+struct Sums {
+  using L = Lanes<scalar_t>;
+
+  scalar_t* upper;  // pixels are as far apart as those of value
+  uint16_t* lower;  // pixels lie side by side
+
+  // The sums += share * grad, for channels from these on.
+  template <int vectors>
+  inline void add(int64_t at, int64_t at_lower, typename L::real share,
+                  const typename L::Real (&grad)[vectors]) const {
+    if constexpr (L::is_narrow) {
+      for (int v = 0; v < vectors; v += 2) {
+        typename L::Real even, odd;
+        load_sums(at + v * L::count, at_lower + v * L::count, even, odd);
+        even += share * grad[v];
+        odd += share * grad[v + 1];
+        const auto even_bits = (typename L::Bits)even;
+        const auto odd_bits = (typename L::Bits)odd;
+        store(upper + at + v * L::count, even_bits >> 16 | (odd_bits & 0xffff0000));
+        store(lower + at_lower + v * L::count, (even_bits & 0xffff) | odd_bits << 16);
+      }
+    } else {
+      typename L::Real sums[vectors];
+      load_channels(upper + at, sums);
+      for (int v = 0; v < vectors; ++v) sums[v] += share * grad[v];
+      store_channels(upper + at, sums);
+    }
+  }
+
+  inline void add_one(int64_t at, int64_t at_lower, typename L::real product) const {
+    if constexpr (L::is_narrow) {
+      const float sum = one(at, at_lower) + product;
+      uint32_t bits;
+      __builtin_memcpy(&bits, &sum, sizeof bits);
+      const uint16_t top = bits >> 16;
+      store(upper + at, top);
+      lower[at_lower] = bits;
+    } else {
+      upper[at] += product;
+    }
+  }
+
+  // Replaces the sums of 16 bit types by their rounded values.
+  inline void round(int64_t tokens, int64_t stride, int64_t channels) const {
+    for (int64_t token = 0; token < tokens; ++token) {
+      const int64_t at = token * stride;
+      const int64_t at_lower = token * channels;
+      int64_t c = 0;
+      for (; c + 2 * L::count <= channels; c += 2 * L::count) {
+        typename L::Real pair[2];
+        load_sums(at + c, at_lower + c, pair[0], pair[1]);
+        store_channels(upper + at + c, pair);
+      }
+      for (; c < channels; ++c) upper[at + c] = static_cast<scalar_t>(one(at + c, at_lower + c));
+    }
+  }
+
+ private:
+  inline void load_sums(int64_t at, int64_t at_lower, typename L::Real& even,
+                        typename L::Real& odd) const {
+    const auto high = load_bytes<typename L::Bits>(upper + at);
+    const auto low = load_bytes<typename L::Bits>(lower + at_lower);
+    even = (typename L::Real)(high << 16 | (low & 0xffff));
+    odd = (typename L::Real)((high & 0xffff0000) | low >> 16);
+  }
+
+  inline float one(int64_t at, int64_t at_lower) const {
+    const uint32_t bits =
+        uint32_t{load_bytes<uint16_t>(upper + at)} << 16 | uint32_t{lower[at_lower]};
+    return load_bytes<float>(&bits);
+  }
+};
+
+// What is done with one gradient of the output: the samples [begin, end) of the chunk.
+// sums += share * grad_output at each corner, and the lanes of product += the products of
+// grad_output and pixel, or = with the first channels, for `vectors` vectors of channels from c on.
+// A pixel of value lies `step` times as far from the head's first one as chunk.offset says.
 template <int vectors, typename scalar_t>
-inline void scatter(const Chunk<scalar_t>& chunk, const scalar_t* value, int64_t step,
-                    typename Lanes<scalar_t>::real* grad_value, const scalar_t* grad_output,
+inline void scatter(const Chunk<scalar_t>& chunk, int64_t begin, int64_t end,
+                    const scalar_t* value, int64_t step, const Sums<scalar_t>& sums, int64_t c,
+                    const scalar_t* grad_output,
                     typename Lanes<scalar_t>::Real (&product)[4][Chunk<scalar_t>::kSamples]) {
   using L = Lanes<scalar_t>;
   typename L::Real grad[vectors];
-  for (int v = 0; v < vectors; ++v) grad[v] = load(grad_output + v * L::count);
-  for (int i = 0; i < chunk.count; ++i) {
+  load_channels(grad_output + c, grad);
+  for (int64_t i = begin; i < end; ++i) {
     for (int corner = 0; corner < 4; ++corner) {
+      typename L::Real sum{};
+      if (c > 0) sum = product[corner][i];
       const int64_t offset = chunk.offset[corner][i];
-      if (offset < 0) continue;
-      const scalar_t* pixel = value + offset * step;
-      typename L::real* grad_pixel = grad_value + offset;
-      const auto share = chunk.share[corner][i];
-      typename L::Real sum = product[corner][i];
-      for (int v = 0; v < vectors; ++v) {
-        sum += grad[v] * load(pixel + v * L::count);
-        const auto old = load_bytes<typename L::Real>(grad_pixel + v * L::count);
-        store(grad_pixel + v * L::count, old + share * grad[v]);
+      if (offset < 0) {
+        product[corner][i] = sum;
+        continue;
       }
+      const int64_t at = offset * step + c;
+      typename L::Real pixel[vectors];
+      load_channels(value + at, pixel);
+      for (int v = 0; v < vectors; ++v) sum += grad[v] * pixel[v];
       product[corner][i] = sum;
+      sums.add(at, offset + c, chunk.share[corner][i], grad);
     }
   }
 }
 
-// One part of the backward pass: some levels of one head of one image. The gradients of the pixels
-// go to grad_value, `stride` numbers apart.
-template <typename scalar_t, typename location_t>
-inline void backward_part(const Call& call, const Plan<scalar_t>& plan, int64_t first_sample,
-                          int64_t image, int64_t head, int64_t stride,
-                          typename Lanes<scalar_t>::real* grad_value) {
+// The same for all channels.
+template <typename scalar_t>
+inline void scatter_channels(
+    const Chunk<scalar_t>& chunk, int64_t begin, int64_t end, const scalar_t* value, int64_t step,
+    const Sums<scalar_t>& sums, int64_t channels, const scalar_t* grad_output,
+    typename Lanes<scalar_t>::Real (&product)[4][Chunk<scalar_t>::kSamples]) {
   using L = Lanes<scalar_t>;
   using real = typename L::real;
-  const int64_t value_stride = call.heads * call.channels;
-  const int64_t step = value_stride / stride;
-  const int64_t all_samples = call.levels * call.points;
-  const int64_t rows = call.batch * call.queries * call.heads;
+  int64_t c = 0;
+  for (; c + 4 * L::count <= channels; c += 4 * L::count) {
+    scatter<4>(chunk, begin, end, value, step, sums, c, grad_output, product);
+  }
+  for (; c + 2 * L::count <= channels; c += 2 * L::count) {
+    scatter<2>(chunk, begin, end, value, step, sums, c, grad_output, product);
+  }
+  if constexpr (!L::is_narrow) {
+    for (; c + L::count <= channels; c += L::count) {
+      scatter<1>(chunk, begin, end, value, step, sums, c, grad_output, product);
+    }
+  }
+  for (; c < channels; ++c) {
+    const real grad = static_cast<real>(grad_output[c]);
+    for (int64_t i = begin; i < end; ++i) {
+      for (int corner = 0; corner < 4; ++corner) {
+        if (c == 0) product[corner][i] = typename L::Real{};
+        const int64_t offset = chunk.offset[corner][i];
+        if (offset < 0) continue;
+        const int64_t at = offset * step + c;
+        product[corner][i][0] += grad * static_cast<real>(value[at]);
+        sums.add_one(at, offset + c, chunk.share[corner][i] * grad);
+      }
+    }
+  }
+}
+
+// Copies a row of `count` numbers for each query, `from_step` and `to_step` numbers apart.
+template <typename to_t, typename from_t>
+inline void copy_rows(int64_t queries, int64_t count, const from_t* from, int64_t from_step,
+                      to_t* to, int64_t to_step) {
+  for (int64_t query = 0; query < queries; ++query, from += from_step, to += to_step) {
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4) {
+      for (int j = 0; j < 4; ++j) to[i + j] = static_cast<to_t>(from[i + j]);
+    }
+    for (; i < count; ++i) to[i] = static_cast<to_t>(from[i]);
+  }
+}
+
+// One part of the backward pass: some levels of one head of one image.
+template <typename scalar_t, typename location_t>
+inline void backward_part(const Call& call, const Plan<scalar_t>& plan, int64_t first_sample,
+                          int64_t image, int64_t head, int64_t offset_stride,
+                          const Sums<scalar_t>& sums) {
+  using L = Lanes<scalar_t>;
+  constexpr int kSamples = Chunk<scalar_t>::kSamples;
+  const int64_t stride = call.heads * call.channels;
+  const int64_t step = stride / offset_stride;
+  const int64_t head_samples = call.levels * call.points;
+  const int64_t query_samples = call.heads * head_samples;
+  const int64_t all_samples = call.batch * call.queries * query_samples;
   const auto* value = static_cast<const scalar_t*>(call.value) +
-                      (image * call.tokens + plan.skipped_tokens) * value_stride +
-                      head * call.channels;
+                      (image * call.tokens + plan.skipped_tokens) * stride + head * call.channels;
   Chunk<scalar_t> chunk;
-  typename L::Real product[4][Chunk<scalar_t>::kSamples];
-  for (int64_t query = 0; query < call.queries; ++query) {
-    const int64_t row = (image * call.queries + query) * call.heads + head;
-    const auto* grad_output = static_cast<const scalar_t*>(call.grad_output) + row * call.channels;
-    const int64_t sample = row * all_samples + first_sample;
+  typename L::Real product[4][kSamples] = {};
+  typename L::real grads[2 * kSamples], grad_attention[kSamples];
+  // Of several queries, so that vectors are full where one has few samples.
+  location_t near_locations[2 * kSamples] = {}, near_weights[kSamples] = {};
+  for (int64_t query = 0; query < call.queries; query += plan.queries) {
+    const int64_t left = call.queries - query;
+    const int64_t queries = left < plan.queries ? left : plan.queries;
+    const int64_t row = image * call.queries + query;
+    const int64_t sample = row * query_samples + head * head_samples + first_sample;
+    const auto* grad_output =
+        static_cast<const scalar_t*>(call.grad_output) + row * stride + head * call.channels;
     const auto* locations = static_cast<const location_t*>(call.locations) + sample * 2;
     const auto* weights = static_cast<const location_t*>(call.weights) + sample;
-    auto* grad_locations = static_cast<location_t*>(call.grad_locations) + sample * 2;
-    auto* grad_weights = static_cast<location_t*>(call.grad_weights) + sample;
-    for (int64_t first = 0; first < plan.samples; first += chunk.kSamples) {
-      chunk.fill(plan, first, locations, weights, rows * all_samples - sample, stride);
+    int64_t readable = all_samples - sample;
+    if (plan.queries > 1) {
+      copy_rows(queries, 2 * plan.samples, locations, 2 * query_samples, near_locations,
+                2 * plan.samples);
+      copy_rows(queries, plan.samples, weights, query_samples, near_weights, plan.samples);
+      locations = near_locations;
+      weights = near_weights;
+      readable = kSamples;
+    }
+    const int64_t end = queries * plan.samples;
+    for (int64_t first = 0; first < end; first += kSamples) {
+      chunk.fill(plan, first, end, locations, weights, readable, offset_stride);
       const int groups = (chunk.count + L::count - 1) / L::count;
-      for (int corner = 0; corner < 4; ++corner) {
-        for (int i = 0; i < groups * L::count; ++i) product[corner][i] = typename L::Real{};
-      }
-      int64_t c = 0;
-      for (; c + 4 * L::count <= call.channels; c += 4 * L::count) {
-        scatter<4>(chunk, value + c, step, grad_value + c, grad_output + c, product);
-      }
-      for (; c + 2 * L::count <= call.channels; c += 2 * L::count) {
-        scatter<2>(chunk, value + c, step, grad_value + c, grad_output + c, product);
-      }
-      for (; c + L::count <= call.channels; c += L::count) {
-        scatter<1>(chunk, value + c, step, grad_value + c, grad_output + c, product);
-      }
-      for (; c < call.channels; ++c) {
-        const real grad = static_cast<real>(grad_output[c]);
-        for (int i = 0; i < chunk.count; ++i) {
-          for (int corner = 0; corner < 4; ++corner) {
-            const int64_t offset = chunk.offset[corner][i];
-            if (offset < 0) continue;
-            product[corner][i][0] += grad * static_cast<real>(value[offset * step + c]);
-            grad_value[offset + c] += chunk.share[corner][i] * grad;
-          }
-        }
+      const int64_t row_samples = queries > 1 ? plan.samples : chunk.count;
+      for (int64_t q = 0; q < queries; ++q) {
+        scatter_channels(chunk, q * row_samples, (q + 1) * row_samples, value, step, sums,
+                         call.channels, grad_output + q * stride, product);
       }
       for (int group = 0; group < groups; ++group) {
-        typename L::Real sums[4];
+        typename L::Real corner_products[4];
         for (int corner = 0; corner < 4; ++corner) {
           typename L::Real lanes[L::count];
           for (int i = 0; i < L::count; ++i) lanes[i] = product[corner][group * L::count + i];
-          sums[corner] = sum_lanes<scalar_t>(lanes);
+          corner_products[corner] = sum_lanes<scalar_t>(lanes);
         }
         const auto& levels = plan.groups[first / L::count + group];
         const auto grad = sample_gradient(chunk.corners[group], chunk.attention[group],
-                                          levels.width, levels.height, sums);
-        const int begin = group * L::count;
-        const int end = begin + L::count < chunk.count ? begin + L::count : chunk.count;
-        for (int i = begin; i < end; ++i) {
-          grad_locations[2 * (first + i)] = static_cast<location_t>(grad.x[i - begin]);
-          grad_locations[2 * (first + i) + 1] = static_cast<location_t>(grad.y[i - begin]);
-          grad_weights[first + i] = static_cast<location_t>(grad.attention[i - begin]);
+                                          levels.width, levels.height, corner_products);
+        for (int i = 0; i < L::count; ++i) {
+          grads[2 * (group * L::count + i)] = grad.x[i];
+          grads[2 * (group * L::count + i) + 1] = grad.y[i];
         }
+        store(grad_attention + group * L::count, grad.attention);
       }
+      const int64_t at = sample + first;
+      copy_rows(queries, 2 * row_samples, grads, 2 * row_samples,
+                static_cast<location_t*>(call.grad_locations) + 2 * at, 2 * query_samples);
+      copy_rows(queries, row_samples, grad_attention, row_samples,
+                static_cast<location_t*>(call.grad_weights) + at, query_samples);
     }
   }
 }
 
 template <typename scalar_t, typename location_t>
 void backward(const Call& call, int64_t begin, int64_t end, bool by_level) {
-  using real = typename Lanes<scalar_t>::real;
+  using L = Lanes<scalar_t>;
   const int64_t stride = call.heads * call.channels;
-  const int64_t parts = by_level ? call.levels : 1;
+  const int64_t heads = call.batch * call.heads;
   for (int64_t part = begin; part < end; ++part) {
-    const int64_t image = part / parts / call.heads;
-    const int64_t head = part / parts % call.heads;
-    const int64_t first_level = by_level ? part % parts : 0;
-    const Plan<scalar_t> plan(call, first_level, by_level ? first_level + 1 : call.levels);
-    const int64_t first_sample = first_level * call.points;
+    const int64_t image = part % heads / call.heads;
+    const int64_t head = part % call.heads;
+    const int64_t first_level = part / heads;
+    const int64_t levels = by_level ? 1 : call.levels;
+    const int64_t samples = levels * call.points;
+    // So many that vectors are full.
+    const int64_t queries = samples % L::count == 0 ? 1 : Chunk<scalar_t>::kSamples / samples;
+    const Plan<scalar_t> plan(call, first_level, first_level + levels, queries > 0 ? queries : 1);
     auto* grad_value = static_cast<scalar_t*>(call.grad_value) +
                        (image * call.tokens + plan.skipped_tokens) * stride + head * call.channels;
-    if constexpr (sizeof(scalar_t) < sizeof(real)) {  // sums of 16 bit numbers are made in float
-      real* const sums = new real[plan.tokens * call.channels]();
-      backward_part<scalar_t, location_t>(call, plan, first_sample, image, head, call.channels,
-                                          sums);
-      for (int64_t token = 0; token < plan.tokens; ++token) {
-        for (int64_t c = 0; c < call.channels; ++c) {
-          grad_value[token * stride + c] = static_cast<scalar_t>(sums[token * call.channels + c]);
-        }
-      }
-      delete[] sums;
-    } else {
-      backward_part<scalar_t, location_t>(call, plan, first_sample, image, head, stride,
-                                          grad_value);
+    Sums<scalar_t> sums{grad_value, nullptr};
+    if constexpr (L::is_narrow) sums.lower = new uint16_t[plan.tokens * call.channels]();
+    backward_part<scalar_t, location_t>(call, plan, first_level * call.points, image, head,
+                                        L::is_narrow ? call.channels : stride, sums);
+    if constexpr (L::is_narrow) {
+      sums.round(plan.tokens, stride, call.channels);
+      delete[] sums.lower;
     }
   }
 }

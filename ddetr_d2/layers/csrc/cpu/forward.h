@@ -15,15 +15,14 @@ inline void gather_vectors(const Chunk<scalar_t>& chunk, const scalar_t* value,
     for (int corner = 0; corner < 2; ++corner) {
       const int64_t above = chunk.offset[corner][i];
       const int64_t below = chunk.offset[corner + 2][i];
+      typename L::Real pixel[vectors];
       if (all_inside || above >= 0) {
-        for (int v = 0; v < vectors; ++v) {
-          top[v] += chunk.share[corner][i] * load(value + above + v * L::count);
-        }
+        load_channels(value + above, pixel);
+        for (int v = 0; v < vectors; ++v) top[v] += chunk.share[corner][i] * pixel[v];
       }
       if (all_inside || below >= 0) {
-        for (int v = 0; v < vectors; ++v) {
-          bottom[v] += chunk.share[corner + 2][i] * load(value + below + v * L::count);
-        }
+        load_channels(value + below, pixel);
+        for (int v = 0; v < vectors; ++v) bottom[v] += chunk.share[corner + 2][i] * pixel[v];
       }
     }
   }
@@ -48,7 +47,9 @@ inline void add_samples(const Chunk<scalar_t>& chunk, const scalar_t* value, int
   int64_t c = 0;
   for (; c + 4 * L::count <= channels; c += 4 * L::count) gather<4>(chunk, value + c, sum + c);
   for (; c + 2 * L::count <= channels; c += 2 * L::count) gather<2>(chunk, value + c, sum + c);
-  for (; c + L::count <= channels; c += L::count) gather<1>(chunk, value + c, sum + c);
+  if constexpr (!L::is_narrow) {
+    for (; c + L::count <= channels; c += L::count) gather<1>(chunk, value + c, sum + c);
+  }
   for (; c < channels; ++c) {
     for (int i = 0; i < chunk.count; ++i) {
       for (int corner = 0; corner < 4; ++corner) {
@@ -61,12 +62,24 @@ inline void add_samples(const Chunk<scalar_t>& chunk, const scalar_t* value, int
   }
 }
 
+template <typename scalar_t>
+inline void round_sums(const float* sum, int64_t channels, scalar_t* output) {
+  using L = Lanes<scalar_t>;
+  int64_t c = 0;
+  for (; c + 2 * L::count <= channels; c += 2 * L::count) {
+    typename L::Real pair[2];
+    load_channels(sum + c, pair);
+    store_channels(output + c, pair);
+  }
+  for (; c < channels; ++c) output[c] = static_cast<scalar_t>(sum[c]);
+}
+
 template <typename scalar_t, typename location_t>
 void forward(const Call& call, int64_t begin, int64_t end) {
   using real = typename Lanes<scalar_t>::real;
   const int64_t stride = call.heads * call.channels;
   const int64_t rows = call.batch * call.queries * call.heads;
-  const Plan<scalar_t> plan(call, 0, call.levels);
+  const Plan<scalar_t> plan(call, 0, call.levels, 1);
   Sampling<scalar_t> sampling(call);
   Chunk<scalar_t> chunk;
   real* const sums = new real[call.channels];
@@ -83,20 +96,19 @@ void forward(const Call& call, int64_t begin, int64_t end) {
       if (call.reference != nullptr) sampling.set_head(locations, weights);
       auto* output = static_cast<scalar_t*>(call.output) + row * call.channels;
       real* sum = sums;
-      if constexpr (std::is_same_v<scalar_t, real>) sum = output;
+      if constexpr (!Lanes<scalar_t>::is_narrow) sum = output;
       for (int64_t c = 0; c < call.channels; ++c) sum[c] = 0;
       for (int64_t first = 0; first < plan.samples; first += chunk.kSamples) {
         if (call.reference != nullptr) {
-          chunk.fill(plan, first, sampling.locations(), sampling.weights(), sampling.padded(),
-                     stride);
+          chunk.fill(plan, first, plan.samples, sampling.locations(), sampling.weights(),
+                     sampling.padded(), stride);
         } else {
-          chunk.fill(plan, first, locations, weights, (rows - row) * plan.samples, stride);
+          chunk.fill(plan, first, plan.samples, locations, weights, (rows - row) * plan.samples,
+                     stride);
         }
         add_samples(chunk, value, call.channels, sum);
       }
-      if constexpr (!std::is_same_v<scalar_t, real>) {
-        for (int64_t c = 0; c < call.channels; ++c) output[c] = static_cast<scalar_t>(sum[c]);
-      }
+      if constexpr (Lanes<scalar_t>::is_narrow) round_sums(sum, call.channels, output);
     }
   }
   delete[] sums;

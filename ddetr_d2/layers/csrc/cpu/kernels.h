@@ -30,9 +30,9 @@ enum class Type { kFloat, kDouble, kHalf, kBFloat16 };
 struct Kernels {
   // The queries [begin, end), counted over all images.
   void (*forward)(const Call& call, int64_t begin, int64_t end);
-  // The parts [begin, end): a part is a head of an image, or one of its levels. Each has pixels of
-  // its own and adds to them in the order of the queries, so that the result does not depend on
-  // the number of threads.
+  // The parts [begin, end): a part is a head of an image, or a level of a head, all first levels
+  // before all second ones. Each has pixels of its own and adds to them in the order of the
+  // queries, so that the result does not depend on the number of threads.
   void (*backward)(const Call& call, int64_t begin, int64_t end, bool by_level);
 };
 

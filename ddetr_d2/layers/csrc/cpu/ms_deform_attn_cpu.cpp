@@ -112,25 +112,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward_cpu(
   Call& call = inputs.call;
   check_grad_output(grad_output, value, inputs.sizes);
   const at::Tensor grad_outputs = grad_output.contiguous();
-  const bool is_narrow = value.scalar_type() != accumulation_type(value);
   const auto layout = at::MemoryFormat::Contiguous;
-  at::Tensor grad_value =
-      is_narrow ? at::empty_like(inputs.value, layout) : at::zeros_like(inputs.value, layout);
+  at::Tensor grad_value = at::zeros_like(inputs.value, layout);
   at::Tensor grad_locations = at::empty_like(inputs.locations, layout);
   at::Tensor grad_weights = at::empty_like(inputs.weights, layout);
   call.grad_output = grad_outputs.const_data_ptr();
   call.grad_value = grad_value.mutable_data_ptr();
   call.grad_locations = grad_locations.mutable_data_ptr();
   call.grad_weights = grad_weights.mutable_data_ptr();
-  // Heads of images can be too few parts for the threads. And 16 bit types are summed in a buffer
-  // for each thread, of the size of its part, which is to be small beside the gradients.
+  // Heads of images can be too few parts for the threads. And 16 bit types need a buffer for each
+  // thread, which is to be small beside the gradients: the largest levels come first, one after the
+  // other in the same thread.
   const int64_t heads = call.batch * call.heads;
-  const int64_t buffers =
-      is_narrow ? at::get_num_threads() * call.tokens * call.channels * int64_t{sizeof(float)} : 0;
-  const bool by_level =
-      heads < at::get_num_threads() ||
-      buffers * 10 > static_cast<int64_t>(grad_value.nbytes() + grad_locations.nbytes() +
-                                          grad_weights.nbytes());
+  const bool by_level = heads < at::get_num_threads() || value.scalar_type() != accumulation_type(value);
   at::parallel_for(0, heads * (by_level ? call.levels : 1), 1, [&](int64_t begin, int64_t end) {
     inputs.kernels.backward(call, begin, end, by_level);
   });

@@ -1,6 +1,7 @@
 // Where the samples of a query lie. A part of kernels_impl.h, which says what may stand here.
 
-// What is the same for all queries: the level of each sample of a head, from first_level on.
+// What is the same for all chunks: the level of each sample. A chunk has the samples of a head of
+// `queries` queries, from first_level to last_level, or some of those of one query.
 template <typename scalar_t>
 struct Plan {
   using L = Lanes<scalar_t>;
@@ -9,25 +10,30 @@ struct Plan {
     typename L::Integer columns, rows, first_token;
   };
 
-  int64_t samples;
+  int64_t samples;     // of one query
+  int64_t queries;     // in a chunk
   int64_t tokens = 0;  // of these levels
   int64_t skipped_tokens = 0;
   Group* groups;
 
-  Plan(const Call& call, int64_t first_level, int64_t last_level)
+  Plan(const Call& call, int64_t first_level, int64_t last_level, int64_t queries_)
       : samples((last_level - first_level) * call.points),
-        groups(new Group[(samples + L::count - 1) / L::count]) {
+        queries(queries_),
+        groups(new Group[(queries * samples + L::count - 1) / L::count]) {
     for (int64_t l = 0; l < first_level; ++l) {
       skipped_tokens += call.spatial_shapes[2 * l] * call.spatial_shapes[2 * l + 1];
     }
     int64_t sample = 0;
-    for (int64_t l = first_level; l < last_level; ++l) {
-      const int64_t rows = call.spatial_shapes[2 * l];
-      const int64_t columns = call.spatial_shapes[2 * l + 1];
-      for (int64_t k = 0; k < call.points; ++k, ++sample) {
-        put(sample, rows, columns, tokens);
+    for (int64_t query = 0; query < queries; ++query) {
+      tokens = 0;
+      for (int64_t l = first_level; l < last_level; ++l) {
+        const int64_t rows = call.spatial_shapes[2 * l];
+        const int64_t columns = call.spatial_shapes[2 * l + 1];
+        for (int64_t k = 0; k < call.points; ++k, ++sample) {
+          put(sample, rows, columns, tokens);
+        }
+        tokens += rows * columns;
       }
-      tokens += rows * columns;
     }
     // In a level without pixels every location is outside.
     for (; sample % L::count != 0; ++sample) put(sample, 0, 0, 0);
@@ -48,7 +54,7 @@ struct Plan {
   }
 };
 
-// Some samples of one head of one query: as many as are computed before pixels are read.
+// Some samples of one head: as many as are computed before pixels are read.
 template <typename scalar_t>
 struct Chunk {
   using L = Lanes<scalar_t>;
@@ -62,12 +68,13 @@ struct Chunk {
   Corners<typename L::Real, typename L::Integer> corners[kGroups];
   typename L::Real attention[kGroups];
 
-  // The samples from number `first` on of the head of a query whose locations and weights begin at
-  // these addresses. Behind them are at least `readable` samples, of this head or others.
+  // The samples [first, end) of those whose locations and weights begin at these addresses, or as
+  // many as there is room for. Memory has at least `readable` samples there.
   template <typename location_t>
-  inline void fill(const Plan<scalar_t>& plan, int64_t first, const location_t* locations,
-                   const location_t* weights, int64_t readable, int64_t stride) {
-    const int64_t left = plan.samples - first;
+  inline void fill(const Plan<scalar_t>& plan, int64_t first, int64_t end,
+                   const location_t* locations, const location_t* weights, int64_t readable,
+                   int64_t stride) {
+    const int64_t left = end - first;
     count = left < kSamples ? left : kSamples;
     typename L::Integer outside{};
     for (int i = 0; i < count; i += L::count) {

@@ -11,9 +11,11 @@ struct Lanes {
   static constexpr bool is_double = sizeof(scalar_t) == 8;
   using real = std::conditional_t<is_double, double, float>;
   using integer = std::conditional_t<is_double, int64_t, int32_t>;
+  static constexpr bool is_narrow = sizeof(scalar_t) < sizeof(real);
   static constexpr int count = kVectorBytes / sizeof(real);
   using Real = typename Vector<real, count>::type;
   using Integer = typename Vector<integer, count>::type;
+  using Bits = typename Vector<uint32_t, count>::type;
 };
 
 template <typename vector>
@@ -23,31 +25,91 @@ inline vector load_bytes(const void* from) {
   return to;
 }
 
-template <typename scalar_t>
-inline typename Lanes<scalar_t>::Real load(const scalar_t* from) {
-  using L = Lanes<scalar_t>;
-  if constexpr (sizeof(scalar_t) == sizeof(typename L::real)) {
-    return load_bytes<typename L::Real>(from);
-  } else {
-    using Bits = typename Vector<uint32_t, L::count>::type;
-    const auto narrow = load_bytes<typename Vector<uint16_t, L::count>::type>(from);
-    const Bits bits = __builtin_convertvector(narrow, Bits);
-    if constexpr (std::is_same_v<scalar_t, c10::BFloat16>) {
-      return (typename L::Real)(bits << 16);
-    } else {
-      // Exponents of half start at -15, those of float at -127; infinity and NaN stay themselves.
-      const Bits magnitude = (bits & 0x7fff) << 13;
-      const Bits scaled = (Bits)((typename L::Real)magnitude * 0x1p112f);
-      const Bits special = magnitude | 0x7f800000;
-      const Bits sign = (bits & 0x8000) << 16;
-      return (typename L::Real)((magnitude >= 0x0f800000 ? special : scaled) | sign);
-    }
-  }
-}
-
 template <typename vector>
 inline void store(void* to, vector from) {
   __builtin_memcpy(to, &from, sizeof from);
+}
+
+// The floats that are equal to numbers of 16 bits, which stand in the lower half of each word.
+template <typename scalar_t>
+inline typename Lanes<scalar_t>::Real widen(typename Lanes<scalar_t>::Bits bits) {
+  using L = Lanes<scalar_t>;
+  if constexpr (std::is_same_v<scalar_t, c10::BFloat16>) {
+    return (typename L::Real)(bits << 16);
+  } else {
+    // Exponents of half start at -15, those of float at -127; infinity and NaN stay themselves.
+    const typename L::Bits magnitude = (bits & 0x7fff) << 13;
+    const typename L::Bits scaled = (typename L::Bits)((typename L::Real)magnitude * 0x1p112f);
+    const typename L::Bits special = magnitude | 0x7f800000;
+    const typename L::Bits sign = (bits & 0x8000) << 16;
+    return (typename L::Real)((magnitude >= 0x0f800000 ? special : scaled) | sign);
+  }
+}
+
+// The other way round: to the nearest, of two to the even one.
+template <typename scalar_t>
+inline typename Lanes<scalar_t>::Bits narrow(typename Lanes<scalar_t>::Real numbers) {
+  using L = Lanes<scalar_t>;
+  using Bits = typename L::Bits;
+  const Bits bits = (Bits)numbers;
+  const Bits magnitude = bits & 0x7fffffff;
+  if constexpr (std::is_same_v<scalar_t, c10::BFloat16>) {
+    const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return magnitude > 0x7f800000 ? Bits{} + 0x7fc0 : rounded;
+  } else {
+    const Bits rounded = (magnitude - (112 << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+    // Below 2^-14 numbers of half are 2^-24 apart, as floats are between 0.5 and 1.
+    const Bits small = (Bits)((typename L::Real)magnitude + 0.5f) - 0x3f000000;
+    const Bits finite = magnitude < 0x38800000 ? small : rounded;
+    const Bits limited = magnitude >= 0x477ff000 ? Bits{} + 0x7c00 : finite;
+    return (magnitude > 0x7f800000 ? Bits{} + 0x7e00 : limited) | (bits >> 16 & 0x8000);
+  }
+}
+
+// Numbers side by side, in their order.
+template <typename scalar_t>
+inline typename Lanes<scalar_t>::Real load(const scalar_t* from) {
+  using L = Lanes<scalar_t>;
+  if constexpr (L::is_narrow) {
+    const auto words = load_bytes<typename Vector<uint16_t, L::count>::type>(from);
+    return widen<scalar_t>(__builtin_convertvector(words, typename L::Bits));
+  } else {
+    return load_bytes<typename L::Real>(from);
+  }
+}
+
+// `vectors` vectors of channels. Those of 16 bits come in pairs: one with the channels at even
+// places, one with those at odd places, which is the order in which they are computed with.
+template <int vectors, typename scalar_t>
+inline void load_channels(const scalar_t* from, typename Lanes<scalar_t>::Real (&to)[vectors]) {
+  using L = Lanes<scalar_t>;
+  if constexpr (L::is_narrow) {
+    static_assert(vectors % 2 == 0);
+    for (int v = 0; v < vectors; v += 2) {
+      const auto words = load_bytes<typename L::Bits>(from + v * L::count);
+      if constexpr (std::is_same_v<scalar_t, c10::BFloat16>) {
+        to[v] = (typename L::Real)(words << 16);
+        to[v + 1] = (typename L::Real)(words & 0xffff0000);
+      } else {
+        to[v] = widen<scalar_t>(words & 0xffff);
+        to[v + 1] = widen<scalar_t>(words >> 16);
+      }
+    }
+  } else {
+    for (int v = 0; v < vectors; ++v) to[v] = load_bytes<typename L::Real>(from + v * L::count);
+  }
+}
+
+template <int vectors, typename scalar_t>
+inline void store_channels(scalar_t* to, const typename Lanes<scalar_t>::Real (&from)[vectors]) {
+  using L = Lanes<scalar_t>;
+  if constexpr (L::is_narrow) {
+    for (int v = 0; v < vectors; v += 2) {
+      store(to + v * L::count, narrow<scalar_t>(from[v]) | narrow<scalar_t>(from[v + 1]) << 16);
+    }
+  } else {
+    for (int v = 0; v < vectors; ++v) store(to + v * L::count, from[v]);
+  }
 }
 
 // The lanes at even (0) or odd (1) places of a, then those of b.
