@@ -63,28 +63,6 @@ def test_borders_and_far_outside(function):
     torch.testing.assert_close(output, expected, atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("function", IMPLEMENTATIONS)
-@pytest.mark.parametrize("locations_dtype", ["same", "float32"])
-def test_16_bit_types(function, dtype, locations_dtype):
-    value, locations, weights = (tensor.to(dtype) for tensor in make_inputs(channels=8))
-    if locations_dtype == "float32":
-        locations, weights = locations.float(), weights.float()
-    output = function(value, SHAPES, level_starts(SHAPES), locations, weights)
-    assert output.dtype == dtype
-    exact = by_definition(value.double(), SHAPES, locations.double(), weights.double())
-    torch.testing.assert_close(output.double(), exact, atol=2e-2, rtol=1e-2)
-
-    grads = gradients(function, value, SHAPES, locations, weights)
-    exact = gradients(
-        ms_deform_attn_reference, value.double(), SHAPES, locations.double(), weights.double()
-    )
-    for grad, expected, like in zip(grads, exact, (value, locations, weights), strict=True):
-        assert grad.dtype == like.dtype
-        error = (grad.double() - expected).norm() / expected.norm()
-        assert error < 1e-2
-
-
 @pytest.mark.parametrize("function", IMPLEMENTATIONS)
 def test_gradcheck(function):
     inputs = make_inputs(batch=2, queries=3, heads=2, channels=3, points=2)
@@ -225,7 +203,9 @@ def test_random_sizes_follow_the_reference_in_double(seed, dtype, tolerance):
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_kernels_of_lesser_processors(capability):
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", __file__, "-k", "random_sizes or definition"],
+        [sys.executable, "-m", "pytest", "-q", __file__]
+        + [str(Path(__file__).with_name("test_ms_deform_attn_16_bit.py"))]
+        + ["-k", "random_sizes or definition or 16_bit"],
         env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
         capture_output=True,
         text=True,
@@ -240,14 +220,16 @@ def test_kernels_are_compiled_with_threads():
 
 
 @needs_extension
-def test_bit_identical_for_any_number_of_threads():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("queries, channels", [(3, 9), (60, 9), (60, 32), (300, 9)])
+def test_bit_identical_for_any_number_of_threads(queries, channels, dtype):
     inputs = make_inputs(
-        batch=1, queries=300, heads=3, channels=9, points=4, dtype=torch.float32, shapes=SHAPES
+        batch=1, queries=queries, heads=3, channels=channels, points=4, dtype=dtype, shapes=SHAPES
     )
     threads = torch.get_num_threads()
     results = []
     try:
-        for number in (1, 2, 3, 2):
+        for number in (1, 2, 3, 16, 2):
             torch.set_num_threads(number)
             output = ms_deform_attn(inputs[0], SHAPES, level_starts(SHAPES), *inputs[1:])
             results.append([output, *gradients(ms_deform_attn, inputs[0], SHAPES, *inputs[1:])])

@@ -1,77 +1,81 @@
 // The backward pass. A part of kernels_impl.h, which says what may stand here.
 
-// The gradients of the pixels of a head, summed in float or double. Of a sum for a 16 bit type the
-// upper half stands where the result will be, the lower half in a buffer.
+// The gradients of the pixels of a part, summed in float or double. Of a sum for a 16 bit type the
+// upper half stands where the result will be, the lower half in a buffer. Places are counted in
+// numbers from the part's first one, as if its pixels lay side by side.
 template <typename scalar_t>
 struct Sums {
   using L = Lanes<scalar_t>;
 
-  scalar_t* upper;  // pixels are as far apart as those of value
-  uint16_t* lower;  // pixels lie side by side
+  scalar_t* upper;
+  int64_t step;     // pixels of `upper` and of value are so many times as far apart
+  uint16_t* lower;  // these do lie side by side
 
-  // The sums += share * grad, for channels from these on.
+  // The sums += share * grad, for channels from `at` on of the pixel at this offset.
   template <int vectors>
-  inline void add(int64_t at, int64_t at_lower, typename L::real share,
+  inline void add(int64_t offset, int64_t c, typename L::real share,
                   const typename L::Real (&grad)[vectors]) const {
+    scalar_t* const to = upper + offset * step + c;
     if constexpr (L::is_narrow) {
+      uint16_t* const to_lower = lower + offset + c;
       for (int v = 0; v < vectors; v += 2) {
         typename L::Real even, odd;
-        load_sums(at + v * L::count, at_lower + v * L::count, even, odd);
+        load_sums(to + v * L::count, to_lower + v * L::count, even, odd);
         even += share * grad[v];
         odd += share * grad[v + 1];
         const auto even_bits = (typename L::Bits)even;
         const auto odd_bits = (typename L::Bits)odd;
-        store(upper + at + v * L::count, even_bits >> 16 | (odd_bits & 0xffff0000));
-        store(lower + at_lower + v * L::count, (even_bits & 0xffff) | odd_bits << 16);
+        store(to + v * L::count, even_bits >> 16 | (odd_bits & 0xffff0000));
+        store(to_lower + v * L::count, (even_bits & 0xffff) | odd_bits << 16);
       }
     } else {
       typename L::Real sums[vectors];
-      load_channels(upper + at, sums);
+      load_channels(to, sums);
       for (int v = 0; v < vectors; ++v) sums[v] += share * grad[v];
-      store_channels(upper + at, sums);
+      store_channels(to, sums);
     }
   }
 
-  inline void add_one(int64_t at, int64_t at_lower, typename L::real product) const {
+  inline void add_one(int64_t offset, int64_t c, typename L::real product) const {
+    scalar_t* const to = upper + offset * step + c;
     if constexpr (L::is_narrow) {
-      const float sum = one(at, at_lower) + product;
+      uint16_t* const to_lower = lower + offset + c;
+      const float sum = load_sum(to, to_lower) + product;
       uint32_t bits;
       __builtin_memcpy(&bits, &sum, sizeof bits);
-      const uint16_t top = bits >> 16;
-      store(upper + at, top);
-      lower[at_lower] = bits;
+      store(to, static_cast<uint16_t>(bits >> 16));
+      *to_lower = bits;
     } else {
-      upper[at] += product;
+      *to += product;
     }
   }
 
   // Replaces the sums of 16 bit types by their rounded values.
-  inline void round(int64_t tokens, int64_t stride, int64_t channels) const {
+  inline void round(int64_t tokens, int64_t channels) const {
     for (int64_t token = 0; token < tokens; ++token) {
-      const int64_t at = token * stride;
-      const int64_t at_lower = token * channels;
+      scalar_t* const to = upper + token * channels * step;
+      const uint16_t* const to_lower = lower + token * channels;
       int64_t c = 0;
       for (; c + 2 * L::count <= channels; c += 2 * L::count) {
         typename L::Real pair[2];
-        load_sums(at + c, at_lower + c, pair[0], pair[1]);
-        store_channels(upper + at + c, pair);
+        load_sums(to + c, to_lower + c, pair[0], pair[1]);
+        store_channels(to + c, pair);
       }
-      for (; c < channels; ++c) upper[at + c] = static_cast<scalar_t>(one(at + c, at_lower + c));
+      for (; c < channels; ++c) to[c] = static_cast<scalar_t>(load_sum(to + c, to_lower + c));
     }
   }
 
  private:
-  inline void load_sums(int64_t at, int64_t at_lower, typename L::Real& even,
-                        typename L::Real& odd) const {
-    const auto high = load_bytes<typename L::Bits>(upper + at);
-    const auto low = load_bytes<typename L::Bits>(lower + at_lower);
+  static inline void load_sums(const scalar_t* upper, const uint16_t* lower, typename L::Real& even,
+                               typename L::Real& odd) {
+    const auto high = load_bytes<typename L::Bits>(upper);
+    const auto low = load_bytes<typename L::Bits>(lower);
     even = (typename L::Real)(high << 16 | (low & 0xffff));
     odd = (typename L::Real)((high & 0xffff0000) | low >> 16);
   }
 
-  inline float one(int64_t at, int64_t at_lower) const {
-    const uint32_t bits =
-        uint32_t{load_bytes<uint16_t>(upper + at)} << 16 | uint32_t{lower[at_lower]};
+  static inline float load_sum(const scalar_t* upper, const uint16_t* lower) {
+    const uint32_t bits = uint32_t{load_bytes<uint16_t>(upper)} << 16 | uint32_t{*lower};
     return load_bytes<float>(&bits);
   }
 };
@@ -79,11 +83,10 @@ struct Sums {
 // What is done with one gradient of the output: the samples [begin, end) of the chunk.
 // sums += share * grad_output at each corner, and the lanes of product += the products of
 // grad_output and pixel, or = with the first channels, for `vectors` vectors of channels from c on.
-// A pixel of value lies `step` times as far from the head's first one as chunk.offset says.
+// What chunk.offset says of value is to be multiplied by sums.step.
 template <int vectors, typename scalar_t>
-inline void scatter(const Chunk<scalar_t>& chunk, int64_t begin, int64_t end,
-                    const scalar_t* value, int64_t step, const Sums<scalar_t>& sums, int64_t c,
-                    const scalar_t* grad_output,
+inline void scatter(const Chunk<scalar_t>& chunk, int64_t begin, int64_t end, const scalar_t* value,
+                    const Sums<scalar_t>& sums, int64_t c, const scalar_t* grad_output,
                     typename Lanes<scalar_t>::Real (&product)[4][Chunk<scalar_t>::kSamples]) {
   using L = Lanes<scalar_t>;
   typename L::Real grad[vectors];
@@ -97,12 +100,11 @@ inline void scatter(const Chunk<scalar_t>& chunk, int64_t begin, int64_t end,
         product[corner][i] = sum;
         continue;
       }
-      const int64_t at = offset * step + c;
       typename L::Real pixel[vectors];
-      load_channels(value + at, pixel);
+      load_channels(value + offset * sums.step + c, pixel);
       for (int v = 0; v < vectors; ++v) sum += grad[v] * pixel[v];
       product[corner][i] = sum;
-      sums.add(at, offset + c, chunk.share[corner][i], grad);
+      sums.add(offset, c, chunk.share[corner][i], grad);
     }
   }
 }
@@ -110,21 +112,21 @@ inline void scatter(const Chunk<scalar_t>& chunk, int64_t begin, int64_t end,
 // The same for all channels.
 template <typename scalar_t>
 inline void scatter_channels(
-    const Chunk<scalar_t>& chunk, int64_t begin, int64_t end, const scalar_t* value, int64_t step,
+    const Chunk<scalar_t>& chunk, int64_t begin, int64_t end, const scalar_t* value,
     const Sums<scalar_t>& sums, int64_t channels, const scalar_t* grad_output,
     typename Lanes<scalar_t>::Real (&product)[4][Chunk<scalar_t>::kSamples]) {
   using L = Lanes<scalar_t>;
   using real = typename L::real;
   int64_t c = 0;
   for (; c + 4 * L::count <= channels; c += 4 * L::count) {
-    scatter<4>(chunk, begin, end, value, step, sums, c, grad_output, product);
+    scatter<4>(chunk, begin, end, value, sums, c, grad_output, product);
   }
   for (; c + 2 * L::count <= channels; c += 2 * L::count) {
-    scatter<2>(chunk, begin, end, value, step, sums, c, grad_output, product);
+    scatter<2>(chunk, begin, end, value, sums, c, grad_output, product);
   }
   if constexpr (!L::is_narrow) {
     for (; c + L::count <= channels; c += L::count) {
-      scatter<1>(chunk, begin, end, value, step, sums, c, grad_output, product);
+      scatter<1>(chunk, begin, end, value, sums, c, grad_output, product);
     }
   }
   for (; c < channels; ++c) {
@@ -134,19 +136,18 @@ inline void scatter_channels(
         if (c == 0) product[corner][i] = typename L::Real{};
         const int64_t offset = chunk.offset[corner][i];
         if (offset < 0) continue;
-        const int64_t at = offset * step + c;
-        product[corner][i][0] += grad * static_cast<real>(value[at]);
-        sums.add_one(at, offset + c, chunk.share[corner][i] * grad);
+        product[corner][i][0] += grad * static_cast<real>(value[offset * sums.step + c]);
+        sums.add_one(offset, c, chunk.share[corner][i] * grad);
       }
     }
   }
 }
 
-// Copies a row of `count` numbers for each query, `from_step` and `to_step` numbers apart.
+// Copies rows of `count` numbers, which are `from_step` and `to_step` numbers apart.
 template <typename to_t, typename from_t>
-inline void copy_rows(int64_t queries, int64_t count, const from_t* from, int64_t from_step,
-                      to_t* to, int64_t to_step) {
-  for (int64_t query = 0; query < queries; ++query, from += from_step, to += to_step) {
+inline void copy_rows(int64_t rows, int64_t count, const from_t* from, int64_t from_step, to_t* to,
+                      int64_t to_step) {
+  for (int64_t row = 0; row < rows; ++row, from += from_step, to += to_step) {
     int64_t i = 0;
     for (; i + 4 <= count; i += 4) {
       for (int j = 0; j < 4; ++j) to[i + j] = static_cast<to_t>(from[i + j]);
@@ -158,17 +159,14 @@ inline void copy_rows(int64_t queries, int64_t count, const from_t* from, int64_
 // One part of the backward pass: some levels of one head of one image.
 template <typename scalar_t, typename location_t>
 inline void backward_part(const Call& call, const Plan<scalar_t>& plan, int64_t first_sample,
-                          int64_t image, int64_t head, int64_t offset_stride,
+                          int64_t image, int64_t head, const scalar_t* value,
                           const Sums<scalar_t>& sums) {
   using L = Lanes<scalar_t>;
   constexpr int kSamples = Chunk<scalar_t>::kSamples;
   const int64_t stride = call.heads * call.channels;
-  const int64_t step = stride / offset_stride;
   const int64_t head_samples = call.levels * call.points;
   const int64_t query_samples = call.heads * head_samples;
   const int64_t all_samples = call.batch * call.queries * query_samples;
-  const auto* value = static_cast<const scalar_t*>(call.value) +
-                      (image * call.tokens + plan.skipped_tokens) * stride + head * call.channels;
   Chunk<scalar_t> chunk;
   typename L::Real product[4][kSamples] = {};
   typename L::real grads[2 * kSamples], grad_attention[kSamples];
@@ -194,12 +192,12 @@ inline void backward_part(const Call& call, const Plan<scalar_t>& plan, int64_t 
     }
     const int64_t end = queries * plan.samples;
     for (int64_t first = 0; first < end; first += kSamples) {
-      chunk.fill(plan, first, end, locations, weights, readable, offset_stride);
+      chunk.fill(plan, first, end, locations, weights, readable, call.channels);
       const int groups = (chunk.count + L::count - 1) / L::count;
       const int64_t row_samples = queries > 1 ? plan.samples : chunk.count;
       for (int64_t q = 0; q < queries; ++q) {
-        scatter_channels(chunk, q * row_samples, (q + 1) * row_samples, value, step, sums,
-                         call.channels, grad_output + q * stride, product);
+        scatter_channels(chunk, q * row_samples, (q + 1) * row_samples, value, sums, call.channels,
+                         grad_output + q * stride, product);
       }
       for (int group = 0; group < groups; ++group) {
         typename L::Real corner_products[4];
@@ -227,7 +225,7 @@ inline void backward_part(const Call& call, const Plan<scalar_t>& plan, int64_t 
 }
 
 template <typename scalar_t, typename location_t>
-void backward(const Call& call, int64_t begin, int64_t end, bool by_level) {
+void backward(const Call& call, int64_t begin, int64_t end) {
   using L = Lanes<scalar_t>;
   const int64_t stride = call.heads * call.channels;
   const int64_t heads = call.batch * call.heads;
@@ -235,20 +233,33 @@ void backward(const Call& call, int64_t begin, int64_t end, bool by_level) {
     const int64_t image = part % heads / call.heads;
     const int64_t head = part % call.heads;
     const int64_t first_level = part / heads;
-    const int64_t levels = by_level ? 1 : call.levels;
+    const int64_t levels = call.by_level ? 1 : call.levels;
     const int64_t samples = levels * call.points;
     // So many that vectors are full.
     const int64_t queries = samples % L::count == 0 ? 1 : Chunk<scalar_t>::kSamples / samples;
     const Plan<scalar_t> plan(call, first_level, first_level + levels, queries > 0 ? queries : 1);
-    auto* grad_value = static_cast<scalar_t*>(call.grad_value) +
-                       (image * call.tokens + plan.skipped_tokens) * stride + head * call.channels;
-    Sums<scalar_t> sums{grad_value, nullptr};
-    if constexpr (L::is_narrow) sums.lower = new uint16_t[plan.tokens * call.channels]();
-    backward_part<scalar_t, location_t>(call, plan, first_level * call.points, image, head,
-                                        L::is_narrow ? call.channels : stride, sums);
-    if constexpr (L::is_narrow) {
-      sums.round(plan.tokens, stride, call.channels);
-      delete[] sums.lower;
+    const int64_t first_number =
+        (image * call.tokens + plan.skipped_tokens) * stride + head * call.channels;
+    const int64_t numbers = plan.tokens * call.channels;
+    const auto* value = static_cast<const scalar_t*>(call.value) + first_number;
+    auto* grad_value = static_cast<scalar_t*>(call.grad_value) + first_number;
+
+    Sums<scalar_t> sums{grad_value, call.heads, nullptr};
+    if constexpr (L::is_narrow) sums.lower = new uint16_t[numbers]();
+    scalar_t* const copies = call.copied ? new scalar_t[2 * numbers]() : nullptr;
+    if (call.copied) {
+      copy_rows(plan.tokens, call.channels, value, stride, copies, call.channels);
+      value = copies;
+      sums.upper = copies + numbers;
+      sums.step = 1;
     }
+    backward_part<scalar_t, location_t>(call, plan, first_level * call.points, image, head, value,
+                                        sums);
+    if constexpr (L::is_narrow) sums.round(plan.tokens, call.channels);
+    if (call.copied) {
+      copy_rows(plan.tokens, call.channels, sums.upper, call.channels, grad_value, stride);
+    }
+    delete[] copies;
+    delete[] sums.lower;
   }
 }

@@ -77,38 +77,45 @@ inline void round_sums(const float* sum, int64_t channels, scalar_t* output) {
 template <typename scalar_t, typename location_t>
 void forward(const Call& call, int64_t begin, int64_t end) {
   using real = typename Lanes<scalar_t>::real;
-  const int64_t stride = call.heads * call.channels;
+  // Of so many queries each head is computed before the next one: where pixels of a head lie side
+  // by side and queries are neighbours, what one has read is still at hand for the others.
+  constexpr int64_t kBlock = 64;
   const int64_t rows = call.batch * call.queries * call.heads;
   const Plan<scalar_t> plan(call, 0, call.levels, 1);
-  Sampling<scalar_t> sampling(call);
+  Sampling<scalar_t> sampling(call, kBlock);
   Chunk<scalar_t> chunk;
   real* const sums = new real[call.channels];
-  for (int64_t query = begin; query < end; ++query) {
-    const auto* image =
-        static_cast<const scalar_t*>(call.value) + query / call.queries * call.tokens * stride;
-    if (call.reference != nullptr) sampling.set_query(call, query);
+  for (int64_t first_query = begin; first_query < end; first_query += kBlock) {
+    const int64_t last_query = first_query + kBlock < end ? first_query + kBlock : end;
+    if (call.reference != nullptr) sampling.set_queries(call, first_query, last_query);
     for (int64_t head = 0; head < call.heads; ++head) {
-      const scalar_t* value = image + head * call.channels;
-      const int64_t row = query * call.heads + head;
-      const auto* locations =
-          static_cast<const location_t*>(call.locations) + row * plan.samples * 2;
-      const auto* weights = static_cast<const location_t*>(call.weights) + row * plan.samples;
-      if (call.reference != nullptr) sampling.set_head(locations, weights);
-      auto* output = static_cast<scalar_t*>(call.output) + row * call.channels;
-      real* sum = sums;
-      if constexpr (!Lanes<scalar_t>::is_narrow) sum = output;
-      for (int64_t c = 0; c < call.channels; ++c) sum[c] = 0;
-      for (int64_t first = 0; first < plan.samples; first += chunk.kSamples) {
+      for (int64_t query = first_query; query < last_query; ++query) {
+        const scalar_t* value = static_cast<const scalar_t*>(call.value) +
+                                query / call.queries * call.tokens * call.heads * call.channels +
+                                head * call.head_stride;
+        const int64_t row = query * call.heads + head;
+        const auto* locations =
+            static_cast<const location_t*>(call.locations) + row * plan.samples * 2;
+        const auto* weights = static_cast<const location_t*>(call.weights) + row * plan.samples;
         if (call.reference != nullptr) {
-          chunk.fill(plan, first, plan.samples, sampling.locations(), sampling.weights(),
-                     sampling.padded(), stride);
-        } else {
-          chunk.fill(plan, first, plan.samples, locations, weights, (rows - row) * plan.samples,
-                     stride);
+          sampling.set_head(query - first_query, locations, weights);
         }
-        add_samples(chunk, value, call.channels, sum);
+        auto* output = static_cast<scalar_t*>(call.output) + row * call.channels;
+        real* sum = sums;
+        if constexpr (!Lanes<scalar_t>::is_narrow) sum = output;
+        for (int64_t c = 0; c < call.channels; ++c) sum[c] = 0;
+        for (int64_t first = 0; first < plan.samples; first += chunk.kSamples) {
+          if (call.reference != nullptr) {
+            chunk.fill(plan, first, plan.samples, sampling.locations(), sampling.weights(),
+                       sampling.padded(), call.token_stride);
+          } else {
+            chunk.fill(plan, first, plan.samples, locations, weights, (rows - row) * plan.samples,
+                       call.token_stride);
+          }
+          add_samples(chunk, value, call.channels, sum);
+        }
+        if constexpr (Lanes<scalar_t>::is_narrow) round_sums(sum, call.channels, output);
       }
-      if constexpr (Lanes<scalar_t>::is_narrow) round_sums(sum, call.channels, output);
     }
   }
   delete[] sums;

@@ -6,11 +6,12 @@
 
 namespace ddetr_d2 {
 
-// One call of the operator. All tensors are contiguous.
+// One call of the operator. All tensors are contiguous, but for the two middle dimensions of value.
 struct Call {
   int64_t batch, tokens, heads, channels, queries, levels, points;
   const int64_t* spatial_shapes;  // height and width of each level
   const void* value;
+  int64_t token_stride, head_stride;  // of value, in numbers
   const void* locations;
   const void* weights;
   // Where these are given, `locations` has offsets from them, and `weights` numbers whose softmax
@@ -23,6 +24,8 @@ struct Call {
   void* grad_value;  // zero at first
   void* grad_locations;
   void* grad_weights;
+  bool by_level;  // a part of the backward pass is a level of a head instead of a whole head
+  bool copied;    // its pixels, and their gradients, are copied to lie side by side meanwhile
 };
 
 enum class Type { kFloat, kDouble, kHalf, kBFloat16 };
@@ -33,7 +36,7 @@ struct Kernels {
   // The parts [begin, end): a part is a head of an image, or a level of a head, all first levels
   // before all second ones. Each has pixels of its own and adds to them in the order of the
   // queries, so that the result does not depend on the number of threads.
-  void (*backward)(const Call& call, int64_t begin, int64_t end, bool by_level);
+  void (*backward)(const Call& call, int64_t begin, int64_t end);
 };
 
 // Kernels for values of one type, with locations and weights of the same type or, where values

@@ -31,14 +31,20 @@ Type type_of(const at::Tensor& tensor) {
   }
 }
 
-// The widest vectors that this processor has and that the channels fill. As in PyTorch's own
-// kernels, the environment variable ATEN_CPU_CAPABILITY can ask for less.
+// The widest vectors that this processor has and that the channels fill, those of 16 bit types in
+// pairs. As in PyTorch's own kernels, the environment variable ATEN_CPU_CAPABILITY can ask for
+// less.
 Kernels choose_kernels(const Call& call, Type value, Type locations) {
 #if defined(__x86_64__)
   static const std::string capability = at::get_cpu_capability();
   static const bool has_avx512 = capability.rfind("AVX512", 0) == 0;
-  if (has_avx512 && call.channels % 16 == 0) return avx512::find_kernels(value, locations);
-  if (has_avx512 || capability == "AVX2") return avx2::find_kernels(value, locations);
+  const bool is_narrow = value == Type::kHalf || value == Type::kBFloat16;
+  if (has_avx512 && call.channels % (is_narrow ? 32 : 16) == 0) {
+    return avx512::find_kernels(value, locations);
+  }
+  if ((has_avx512 || capability == "AVX2") && !(is_narrow && call.channels % 16 != 0)) {
+    return avx2::find_kernels(value, locations);
+  }
 #endif
   return baseline::find_kernels(value, locations);
 }
@@ -68,6 +74,8 @@ struct Inputs {
     call.points = sizes.points;
     call.spatial_shapes = spatial_shapes.data();
     call.value = value.const_data_ptr();
+    call.token_stride = sizes.heads * sizes.channels;
+    call.head_stride = sizes.channels;
     call.locations = locations.const_data_ptr();
     call.weights = weights.const_data_ptr();
     kernels = choose_kernels(call, type_of(value), type_of(locations));
@@ -76,6 +84,16 @@ struct Inputs {
 
 // Runs the forward kernel over all queries.
 at::Tensor run_forward(const Inputs& inputs, Call call) {
+  // Pixels of a head are as far from each other as all heads take, a power of two as a rule, so
+  // that few of them fit into the first-level cache together. Where pixels are read several times
+  // it is worth it to have those of a head side by side.
+  at::Tensor value;
+  if (call.queries * call.levels * call.points > call.tokens) {
+    value = inputs.value.transpose(1, 2).contiguous();
+    call.value = value.const_data_ptr();
+    call.token_stride = call.channels;
+    call.head_stride = call.tokens * call.channels;
+  }
   at::Tensor output =
       at::empty({call.batch, call.queries, call.heads * call.channels}, inputs.value.options());
   call.output = output.mutable_data_ptr();
@@ -105,6 +123,29 @@ at::Tensor ms_deform_attn_fused_cpu(const at::Tensor& value, at::IntArrayRef spa
   return run_forward(inputs, call);
 }
 
+// Chooses the parts of the backward pass. As in the forward pass it is faster to have the pixels of
+// a head side by side, but all buffers together are to be small beside the gradients. 16 bit types
+// have buffers already: they are summed in float.
+void divide_backward(Call& call, int64_t element_size, bool is_narrow, int64_t gradient_bytes) {
+  // The largest levels come first, so that they do not all have their buffers at the same time.
+  const int64_t heads = call.batch * call.heads;
+  const int64_t per_thread =
+      (heads * call.levels + at::get_num_threads() - 1) / at::get_num_threads();
+  int64_t tokens = 0;
+  for (int64_t begin = 0; begin < heads * call.levels; begin += per_thread) {
+    const int64_t end = std::min(begin + per_thread, heads * call.levels);
+    int64_t largest = 0;
+    for (int64_t l = begin / heads; l <= (end - 1) / heads; ++l) {
+      largest = std::max(largest, call.spatial_shapes[2 * l] * call.spatial_shapes[2 * l + 1]);
+    }
+    tokens += largest;
+  }
+  const int64_t buffers = 2 * tokens * call.channels * element_size;
+  call.copied = !is_narrow && buffers * 10 <= gradient_bytes &&
+                call.queries * call.levels * call.points > call.tokens;
+  call.by_level = call.copied || is_narrow || heads < at::get_num_threads();
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward_cpu(
     const at::Tensor& grad_output, const at::Tensor& value, at::IntArrayRef spatial_shapes,
     const at::Tensor& sampling_locations, const at::Tensor& attention_weights) {
@@ -120,14 +161,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward_cpu(
   call.grad_value = grad_value.mutable_data_ptr();
   call.grad_locations = grad_locations.mutable_data_ptr();
   call.grad_weights = grad_weights.mutable_data_ptr();
-  // Heads of images can be too few parts for the threads. And 16 bit types need a buffer for each
-  // thread, which is to be small beside the gradients: the largest levels come first, one after the
-  // other in the same thread.
-  const int64_t heads = call.batch * call.heads;
-  const bool by_level = heads < at::get_num_threads() || value.scalar_type() != accumulation_type(value);
-  at::parallel_for(0, heads * (by_level ? call.levels : 1), 1, [&](int64_t begin, int64_t end) {
-    inputs.kernels.backward(call, begin, end, by_level);
-  });
+  divide_backward(call, value.element_size(), value.scalar_type() != accumulation_type(value),
+                  grad_value.nbytes() + grad_locations.nbytes() + grad_weights.nbytes());
+  const int64_t parts = call.batch * call.heads * (call.by_level ? call.levels : 1);
+  at::parallel_for(0, parts, 1,
+                   [&](int64_t begin, int64_t end) { inputs.kernels.backward(call, begin, end); });
   return {grad_value, grad_locations.to(sampling_locations.scalar_type()),
           grad_weights.to(attention_weights.scalar_type())};
 }

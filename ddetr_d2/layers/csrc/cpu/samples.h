@@ -71,9 +71,10 @@ struct Chunk {
   // The samples [first, end) of those whose locations and weights begin at these addresses, or as
   // many as there is room for. Memory has at least `readable` samples there.
   template <typename location_t>
-  inline void fill(const Plan<scalar_t>& plan, int64_t first, int64_t end,
-                   const location_t* locations, const location_t* weights, int64_t readable,
-                   int64_t stride) {
+  __attribute__((always_inline)) inline void fill(const Plan<scalar_t>& plan, int64_t first,
+                                                  int64_t end, const location_t* locations,
+                                                  const location_t* weights, int64_t readable,
+                                                  int64_t stride) {
     const int64_t left = end - first;
     count = left < kSamples ? left : kSamples;
     typename L::Integer outside{};
@@ -133,10 +134,10 @@ class Sampling {
   using real = typename L::real;
 
  public:
-  explicit Sampling(const Call& call)
+  Sampling(const Call& call, int64_t queries)
       : samples_(call.levels * call.points),
         padded_((samples_ + L::count - 1) / L::count * L::count),
-        numbers_(new real[padded_ * 7]()) {}
+        numbers_(new real[padded_ * (3 + 4 * queries)]()) {}
   ~Sampling() { delete[] numbers_; }
   Sampling(const Sampling&) = delete;
   Sampling& operator=(const Sampling&) = delete;
@@ -145,29 +146,32 @@ class Sampling {
   const real* weights() const { return numbers_ + 2 * padded_; }
   int64_t padded() const { return padded_; }
 
-  inline void set_query(const Call& call, int64_t query) {
+  inline void set_queries(const Call& call, int64_t begin, int64_t end) {
     const auto* reference =
-        static_cast<const real*>(call.reference) + query * call.levels * call.reference_size;
-    real* shift = numbers_ + 3 * padded_;
-    real* scale = numbers_ + 5 * padded_;
-    for (int64_t l = 0; l < call.levels; ++l, reference += call.reference_size) {
-      const bool is_box = call.reference_size == 4;
-      const real unit = real(0.5) / call.points;
-      const real x = is_box ? reference[2] * unit : 1 / real(call.spatial_shapes[2 * l + 1]);
-      const real y = is_box ? reference[3] * unit : 1 / real(call.spatial_shapes[2 * l]);
-      for (int64_t k = 0; k < call.points; ++k) {
-        *shift++ = reference[0];
-        *shift++ = reference[1];
-        *scale++ = x;
-        *scale++ = y;
+        static_cast<const real*>(call.reference) + begin * call.levels * call.reference_size;
+    for (int64_t query = 0; query < end - begin; ++query) {
+      real* shift = shift_of(query);
+      real* scale = shift + 2 * padded_;
+      for (int64_t l = 0; l < call.levels; ++l, reference += call.reference_size) {
+        const bool is_box = call.reference_size == 4;
+        const real unit = real(0.5) / call.points;
+        const real x = is_box ? reference[2] * unit : 1 / real(call.spatial_shapes[2 * l + 1]);
+        const real y = is_box ? reference[3] * unit : 1 / real(call.spatial_shapes[2 * l]);
+        for (int64_t k = 0; k < call.points; ++k) {
+          *shift++ = reference[0];
+          *shift++ = reference[1];
+          *scale++ = x;
+          *scale++ = y;
+        }
       }
     }
   }
 
+  // Sets the locations and weights of a head of one of those queries, counted from the first.
   template <typename location_t>
-  inline void set_head(const location_t* offsets, const location_t* numbers) {
-    const real* shift = numbers_ + 3 * padded_;
-    const real* scale = numbers_ + 5 * padded_;
+  inline void set_head(int64_t query, const location_t* offsets, const location_t* numbers) {
+    const real* shift = shift_of(query);
+    const real* scale = shift + 2 * padded_;
     real* weights = numbers_ + 2 * padded_;
     int64_t i = 0;
     for (; i + L::count <= 2 * samples_; i += L::count) {
@@ -206,5 +210,7 @@ class Sampling {
  private:
   const int64_t samples_;
   const int64_t padded_;
-  real* const numbers_;  // locations, weights, and shift and scale of the offsets
+  real* const numbers_;  // locations, weights, and of each query shift and scale of the offsets
+
+  real* shift_of(int64_t query) const { return numbers_ + (3 + 4 * query) * padded_; }
 };
