@@ -143,19 +143,6 @@ inline void scatter_channels(
   }
 }
 
-// Copies rows of `count` numbers, which are `from_step` and `to_step` numbers apart.
-template <typename to_t, typename from_t>
-inline void copy_rows(int64_t rows, int64_t count, const from_t* from, int64_t from_step, to_t* to,
-                      int64_t to_step) {
-  for (int64_t row = 0; row < rows; ++row, from += from_step, to += to_step) {
-    int64_t i = 0;
-    for (; i + 4 <= count; i += 4) {
-      for (int j = 0; j < 4; ++j) to[i + j] = static_cast<to_t>(from[i + j]);
-    }
-    for (; i < count; ++i) to[i] = static_cast<to_t>(from[i]);
-  }
-}
-
 // One part of the backward pass: some levels of one head of one image.
 template <typename scalar_t, typename location_t>
 inline void backward_part(const Call& call, const Plan<scalar_t>& plan, int64_t first_sample,

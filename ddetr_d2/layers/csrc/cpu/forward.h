@@ -74,49 +74,66 @@ inline void round_sums(const float* sum, int64_t channels, scalar_t* output) {
   for (; c < channels; ++c) output[c] = static_cast<scalar_t>(sum[c]);
 }
 
+// The queries [begin, end) of a head, counted over all images. Pixels of value lie `stride` numbers
+// apart.
+template <typename scalar_t, typename location_t>
+inline void forward_head(const Call& call, const Plan<scalar_t>& plan, int64_t begin, int64_t end,
+                         int64_t head, const scalar_t* value, int64_t stride,
+                         Sampling<scalar_t>& sampling, typename Lanes<scalar_t>::real* sums) {
+  const int64_t rows = call.batch * call.queries * call.heads;
+  Chunk<scalar_t> chunk;
+  for (int64_t query = begin; query < end; ++query) {
+    const int64_t row = query * call.heads + head;
+    const auto* locations = static_cast<const location_t*>(call.locations) + row * plan.samples * 2;
+    const auto* weights = static_cast<const location_t*>(call.weights) + row * plan.samples;
+    if (call.reference != nullptr) sampling.set(call, query, locations, weights);
+    auto* output = static_cast<scalar_t*>(call.output) + row * call.channels;
+    auto* sum = sums;
+    if constexpr (!Lanes<scalar_t>::is_narrow) sum = output;
+    for (int64_t c = 0; c < call.channels; ++c) sum[c] = 0;
+    for (int64_t first = 0; first < plan.samples; first += chunk.kSamples) {
+      if (call.reference != nullptr) {
+        chunk.fill(plan, first, plan.samples, sampling.locations(), sampling.weights(),
+                   sampling.padded(), stride);
+      } else {
+        chunk.fill(plan, first, plan.samples, locations, weights, (rows - row) * plan.samples,
+                   stride);
+      }
+      add_samples(chunk, value, call.channels, sum);
+    }
+    if constexpr (Lanes<scalar_t>::is_narrow) round_sums(sum, call.channels, output);
+  }
+}
+
 template <typename scalar_t, typename location_t>
 void forward(const Call& call, int64_t begin, int64_t end) {
-  using real = typename Lanes<scalar_t>::real;
-  // Of so many queries each head is computed before the next one: where pixels of a head lie side
-  // by side and queries are neighbours, what one has read is still at hand for the others.
-  constexpr int64_t kBlock = 64;
-  const int64_t rows = call.batch * call.queries * call.heads;
+  const int64_t stride = call.heads * call.channels;
   const Plan<scalar_t> plan(call, 0, call.levels, 1);
-  Sampling<scalar_t> sampling(call, kBlock);
-  Chunk<scalar_t> chunk;
-  real* const sums = new real[call.channels];
-  for (int64_t first_query = begin; first_query < end; first_query += kBlock) {
-    const int64_t last_query = first_query + kBlock < end ? first_query + kBlock : end;
-    if (call.reference != nullptr) sampling.set_queries(call, first_query, last_query);
-    for (int64_t head = 0; head < call.heads; ++head) {
-      for (int64_t query = first_query; query < last_query; ++query) {
-        const scalar_t* value = static_cast<const scalar_t*>(call.value) +
-                                query / call.queries * call.tokens * call.heads * call.channels +
-                                head * call.head_stride;
-        const int64_t row = query * call.heads + head;
-        const auto* locations =
-            static_cast<const location_t*>(call.locations) + row * plan.samples * 2;
-        const auto* weights = static_cast<const location_t*>(call.weights) + row * plan.samples;
-        if (call.reference != nullptr) {
-          sampling.set_head(query - first_query, locations, weights);
-        }
-        auto* output = static_cast<scalar_t*>(call.output) + row * call.channels;
-        real* sum = sums;
-        if constexpr (!Lanes<scalar_t>::is_narrow) sum = output;
-        for (int64_t c = 0; c < call.channels; ++c) sum[c] = 0;
-        for (int64_t first = 0; first < plan.samples; first += chunk.kSamples) {
-          if (call.reference != nullptr) {
-            chunk.fill(plan, first, plan.samples, sampling.locations(), sampling.weights(),
-                       sampling.padded(), call.token_stride);
-          } else {
-            chunk.fill(plan, first, plan.samples, locations, weights, (rows - row) * plan.samples,
-                       call.token_stride);
-          }
-          add_samples(chunk, value, call.channels, sum);
-        }
-        if constexpr (Lanes<scalar_t>::is_narrow) round_sums(sum, call.channels, output);
-      }
+  Sampling<scalar_t> sampling(call);
+  auto* const sums = new typename Lanes<scalar_t>::real[call.channels];
+  scalar_t* copy = nullptr;
+  for (int64_t next; begin < end; begin = next) {
+    const int64_t part = begin / call.queries;
+    next = (part + 1) * call.queries < end ? (part + 1) * call.queries : end;
+    const int64_t image = part / call.heads;
+    const int64_t head = part % call.heads;
+    const auto* value = static_cast<const scalar_t*>(call.value) + image * call.tokens * stride +
+                        head * call.channels;
+    const int64_t first = image * call.queries + begin % call.queries;
+    const int64_t last = first + next - begin;
+    // Pixels of a head are as far from each other as all heads take, a power of two as a rule, so
+    // that few of them fit into the first-level cache together. Where pixels are read several times
+    // it is worth it to have those of the head side by side.
+    if ((next - begin) * plan.samples > call.tokens) {
+      if (copy == nullptr) copy = new scalar_t[call.tokens * call.channels];
+      copy_rows(call.tokens, call.channels, value, stride, copy, call.channels);
+      forward_head<scalar_t, location_t>(call, plan, first, last, head, copy, call.channels,
+                                         sampling, sums);
+    } else {
+      forward_head<scalar_t, location_t>(call, plan, first, last, head, value, stride, sampling,
+                                         sums);
     }
   }
+  delete[] copy;
   delete[] sums;
 }

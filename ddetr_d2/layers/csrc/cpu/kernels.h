@@ -6,12 +6,11 @@
 
 namespace ddetr_d2 {
 
-// One call of the operator. All tensors are contiguous, but for the two middle dimensions of value.
+// One call of the operator. All tensors are contiguous.
 struct Call {
   int64_t batch, tokens, heads, channels, queries, levels, points;
   const int64_t* spatial_shapes;  // height and width of each level
   const void* value;
-  int64_t token_stride, head_stride;  // of value, in numbers
   const void* locations;
   const void* weights;
   // Where these are given, `locations` has offsets from them, and `weights` numbers whose softmax
@@ -21,7 +20,7 @@ struct Call {
   int64_t reference_size;
   void* output;
   const void* grad_output;
-  void* grad_value;  // zero at first
+  void* grad_value;  // zero at first, unless copied
   void* grad_locations;
   void* grad_weights;
   bool by_level;  // a part of the backward pass is a level of a head instead of a whole head
@@ -31,7 +30,8 @@ struct Call {
 enum class Type { kFloat, kDouble, kHalf, kBFloat16 };
 
 struct Kernels {
-  // The queries [begin, end), counted over all images.
+  // The rows [begin, end) of the output: those of all queries for the first head of the first
+  // image, those for the second head, and so on.
   void (*forward)(const Call& call, int64_t begin, int64_t end);
   // The parts [begin, end): a part is a head of an image, or a level of a head, all first levels
   // before all second ones. Each has pixels of its own and adds to them in the order of the

@@ -74,31 +74,19 @@ struct Inputs {
     call.points = sizes.points;
     call.spatial_shapes = spatial_shapes.data();
     call.value = value.const_data_ptr();
-    call.token_stride = sizes.heads * sizes.channels;
-    call.head_stride = sizes.channels;
     call.locations = locations.const_data_ptr();
     call.weights = weights.const_data_ptr();
     kernels = choose_kernels(call, type_of(value), type_of(locations));
   }
 };
 
-// Runs the forward kernel over all queries.
+// Runs the forward kernel over all rows of the output.
 at::Tensor run_forward(const Inputs& inputs, Call call) {
-  // Pixels of a head are as far from each other as all heads take, a power of two as a rule, so
-  // that few of them fit into the first-level cache together. Where pixels are read several times
-  // it is worth it to have those of a head side by side.
-  at::Tensor value;
-  if (call.queries * call.levels * call.points > call.tokens) {
-    value = inputs.value.transpose(1, 2).contiguous();
-    call.value = value.const_data_ptr();
-    call.token_stride = call.channels;
-    call.head_stride = call.tokens * call.channels;
-  }
   at::Tensor output =
       at::empty({call.batch, call.queries, call.heads * call.channels}, inputs.value.options());
   call.output = output.mutable_data_ptr();
-  const int64_t samples = std::max<int64_t>(1, call.heads * call.levels * call.points);
-  at::parallel_for(0, call.batch * call.queries, std::max<int64_t>(1, kSamplesPerTask / samples),
+  const int64_t samples = std::max<int64_t>(1, call.levels * call.points);
+  at::parallel_for(0, call.batch * call.heads * call.queries, kSamplesPerTask / samples + 1,
                    [&](int64_t begin, int64_t end) { inputs.kernels.forward(call, begin, end); });
   return output;
 }
@@ -154,15 +142,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward_cpu(
   check_grad_output(grad_output, value, inputs.sizes);
   const at::Tensor grad_outputs = grad_output.contiguous();
   const auto layout = at::MemoryFormat::Contiguous;
-  at::Tensor grad_value = at::zeros_like(inputs.value, layout);
+  const int64_t gradient_bytes = static_cast<int64_t>(
+      inputs.value.nbytes() + inputs.locations.nbytes() + inputs.weights.nbytes());
+  divide_backward(call, value.element_size(), value.scalar_type() != accumulation_type(value),
+                  gradient_bytes);
+  at::Tensor grad_value =
+      call.copied ? at::empty_like(inputs.value, layout) : at::zeros_like(inputs.value, layout);
   at::Tensor grad_locations = at::empty_like(inputs.locations, layout);
   at::Tensor grad_weights = at::empty_like(inputs.weights, layout);
   call.grad_output = grad_outputs.const_data_ptr();
   call.grad_value = grad_value.mutable_data_ptr();
   call.grad_locations = grad_locations.mutable_data_ptr();
   call.grad_weights = grad_weights.mutable_data_ptr();
-  divide_backward(call, value.element_size(), value.scalar_type() != accumulation_type(value),
-                  grad_value.nbytes() + grad_locations.nbytes() + grad_weights.nbytes());
   const int64_t parts = call.batch * call.heads * (call.by_level ? call.levels : 1);
   at::parallel_for(0, parts, 1,
                    [&](int64_t begin, int64_t end) { inputs.kernels.backward(call, begin, end); });

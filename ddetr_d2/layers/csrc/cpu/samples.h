@@ -134,10 +134,15 @@ class Sampling {
   using real = typename L::real;
 
  public:
-  Sampling(const Call& call, int64_t queries)
+  explicit Sampling(const Call& call)
       : samples_(call.levels * call.points),
         padded_((samples_ + L::count - 1) / L::count * L::count),
-        numbers_(new real[padded_ * (3 + 4 * queries)]()) {}
+        numbers_(new real[padded_ * 7]()) {
+    for (int64_t l = 0; l < call.levels; ++l) {
+      set_scale(call, l, 1 / real(call.spatial_shapes[2 * l + 1]),
+                1 / real(call.spatial_shapes[2 * l]));
+    }
+  }
   ~Sampling() { delete[] numbers_; }
   Sampling(const Sampling&) = delete;
   Sampling& operator=(const Sampling&) = delete;
@@ -146,32 +151,22 @@ class Sampling {
   const real* weights() const { return numbers_ + 2 * padded_; }
   int64_t padded() const { return padded_; }
 
-  inline void set_queries(const Call& call, int64_t begin, int64_t end) {
+  template <typename location_t>
+  inline void set(const Call& call, int64_t query, const location_t* offsets,
+                  const location_t* numbers) {
+    real* const shift = numbers_ + 3 * padded_;
+    const real* const scale = numbers_ + 5 * padded_;
     const auto* reference =
-        static_cast<const real*>(call.reference) + begin * call.levels * call.reference_size;
-    for (int64_t query = 0; query < end - begin; ++query) {
-      real* shift = shift_of(query);
-      real* scale = shift + 2 * padded_;
-      for (int64_t l = 0; l < call.levels; ++l, reference += call.reference_size) {
-        const bool is_box = call.reference_size == 4;
+        static_cast<const real*>(call.reference) + query * call.levels * call.reference_size;
+    for (int64_t l = 0; l < call.levels; ++l, reference += call.reference_size) {
+      for (int64_t k = l * call.points; k < (l + 1) * call.points; ++k) {
+        store(shift + 2 * k, load_bytes<typename Vector<real, 2>::type>(reference));
+      }
+      if (call.reference_size == 4) {
         const real unit = real(0.5) / call.points;
-        const real x = is_box ? reference[2] * unit : 1 / real(call.spatial_shapes[2 * l + 1]);
-        const real y = is_box ? reference[3] * unit : 1 / real(call.spatial_shapes[2 * l]);
-        for (int64_t k = 0; k < call.points; ++k) {
-          *shift++ = reference[0];
-          *shift++ = reference[1];
-          *scale++ = x;
-          *scale++ = y;
-        }
+        set_scale(call, l, reference[2] * unit, reference[3] * unit);
       }
     }
-  }
-
-  // Sets the locations and weights of a head of one of those queries, counted from the first.
-  template <typename location_t>
-  inline void set_head(int64_t query, const location_t* offsets, const location_t* numbers) {
-    const real* shift = shift_of(query);
-    const real* scale = shift + 2 * padded_;
     real* weights = numbers_ + 2 * padded_;
     int64_t i = 0;
     for (; i + L::count <= 2 * samples_; i += L::count) {
@@ -210,7 +205,13 @@ class Sampling {
  private:
   const int64_t samples_;
   const int64_t padded_;
-  real* const numbers_;  // locations, weights, and of each query shift and scale of the offsets
+  real* const numbers_;  // locations, weights, and shift and scale of the offsets
 
-  real* shift_of(int64_t query) const { return numbers_ + (3 + 4 * query) * padded_; }
+  inline void set_scale(const Call& call, int64_t level, real x, real y) {
+    real* const scale = numbers_ + 5 * padded_;
+    for (int64_t k = level * call.points; k < (level + 1) * call.points; ++k) {
+      scale[2 * k] = x;
+      scale[2 * k + 1] = y;
+    }
+  }
 };
