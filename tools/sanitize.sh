@@ -36,5 +36,6 @@ for kind in $kinds; do
     # Python and torch keep memory until they end. A report goes past pytest, which it ends.
     ATEN_CPU_CAPABILITY=$kind LD_PRELOAD=$preload ASAN_OPTIONS=detect_leaks=0 \
         UBSAN_OPTIONS=print_stacktrace=1 "$python" -m pytest -q -p no:cacheprovider --capture=sys \
-        -k 'not test_compile' tests/layers/test_ms_deform_attn.py tests/modeling/test_inference.py "$@"
+        -k 'not test_compile and not lesser_processors' tests/layers/test_ms_deform_attn.py \
+        tests/layers/test_ms_deform_attn_16_bit.py tests/modeling/test_inference.py "$@"
 done

@@ -37,6 +37,14 @@ class Trainer(DefaultTrainer):
             cfg.SOLVER.AMP.ENABLED = False
             cfg.freeze()
         super().__init__(cfg)
+        write_metrics = self._trainer._write_metrics
+
+        def write_after_one_copy(losses: dict[str, torch.Tensor], *args, **kwargs) -> None:
+            # Detectron2 reads loss by loss, and each time waits for the GPU.
+            values = torch.stack([*losses.values()]).detach().cpu()
+            write_metrics(dict(zip(losses, values, strict=True)), *args, **kwargs)
+
+        self._trainer._write_metrics = write_after_one_copy
 
     def build_hooks(self) -> list[HookBase]:
         # The hooks keep the checkpointer they are given, so ours has to be in place first.
@@ -79,27 +87,31 @@ class Trainer(DefaultTrainer):
             weight_decay=solver.WEIGHT_DECAY,
             lr_factor_func=lr_factor,
         )
-        kwargs = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
-        if not solver.AMP.ENABLED:  # there, a fused step would unscale gradients after the clipping
-            kwargs["fused"] = True
-        if solver.OPTIMIZER == "SGD":
-            kwargs |= {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
-        optimizer = OPTIMIZERS[solver.OPTIMIZER](parameters, **kwargs)
         clip = solver.CLIP_GRADIENTS
         if clip.ENABLED and clip.CLIP_TYPE not in CLIP_TYPES:
             raise UserError(
                 f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}; expected one of "
                 + ", ".join(CLIP_TYPES)
             )
-        if not (clip.ENABLED and clip.CLIP_TYPE == "full_model"):
+        clips_each = clip.ENABLED and clip.CLIP_TYPE != "full_model"
+        kwargs = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
+        # A fused step removes the scale of mixed precision by itself, without a word to the host,
+        # but Detectron2's clipping would come before.
+        kwargs["fused"] = not (solver.AMP.ENABLED and clips_each)
+        if solver.OPTIMIZER == "SGD":
+            kwargs |= {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
+        optimizer = OPTIMIZERS[solver.OPTIMIZER](parameters, **kwargs)
+        if clips_each or not clip.ENABLED:
             return maybe_add_gradient_clipping(cfg, optimizer)
 
         def clip_total_norm(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-            torch.nn.utils.clip_grad_norm_(
-                (p for group in optimizer.param_groups for p in group["params"]),
-                clip.CLIP_VALUE,
-                norm_type=clip.NORM_TYPE,
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            norm = torch.nn.utils.get_total_norm(
+                [p.grad for p in parameters if p.grad is not None], clip.NORM_TYPE
             )
+            scale = getattr(optimizer, "grad_scale", None)  # by which the fused step will divide
+            norm = norm if scale is None else norm / scale
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip.CLIP_VALUE, norm)
 
         optimizer.register_step_pre_hook(clip_total_norm)
         return optimizer

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.utils import comm
 from torch import Tensor, nn
-from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import box_convert, generalized_box_iou, sigmoid_focal_loss
 
 from .heads import Predictions, at_least_float
 from .matcher import HungarianMatcher, Matches, Target
@@ -36,16 +36,21 @@ class SetCriterion(nn.Module):
             targets: ground truth of each image.
         """
         num_boxes = self._average_num_boxes(targets, layers[-1].boxes.device)
-        losses = {}
+        wanted = [targets] * len(layers)
+        predictions = list(layers)
         suffixes = [f"_{index}" for index in range(len(layers) - 1)] + [""]
-        for suffix, prediction, matches in zip(
-            suffixes, layers, self.matcher(layers, targets), strict=True
-        ):
-            losses |= self._losses(prediction, matches, targets, num_boxes, suffix)
+        groups = [(layers, targets)]
         if proposals is not None:
-            targets = [Target(torch.zeros_like(t.labels), t.boxes) for t in targets]
-            (matches,) = self.matcher([proposals], targets)
-            losses |= self._losses(proposals, matches, targets, num_boxes, "_enc")
+            objects = [Target(torch.zeros_like(t.labels), t.boxes) for t in targets]
+            groups.append(([proposals], objects))
+            wanted.append(objects)
+            predictions.append(proposals)
+            suffixes.append("_enc")
+        losses = {}
+        for prediction, matches, truth, suffix in zip(
+            predictions, self.matcher(*groups), wanted, suffixes, strict=True
+        ):
+            losses |= self._losses(prediction, matches, truth, num_boxes, suffix)
         return losses
 
     def _losses(
@@ -68,24 +73,22 @@ class SetCriterion(nn.Module):
             logits, wanted, weights.focal_alpha, weights.focal_gamma, reduction="sum"
         )
         loss_l1 = F.l1_loss(matched, boxes, reduction="sum")
-        loss_giou = generalized_box_iou_loss(
-            box_convert(matched, "cxcywh", "xyxy"),
-            box_convert(boxes, "cxcywh", "xyxy"),
-            reduction="sum",
-            eps=1e-12,
+        # Pair by pair. torchvision's loss selects by a mask, for which the host waits for a GPU.
+        giou = generalized_box_iou(
+            box_convert(matched, "cxcywh", "xyxy")[:, None],
+            box_convert(boxes, "cxcywh", "xyxy")[:, None],
         )
         return {
             f"loss_class{suffix}": weights.class_weight * loss_class / num_boxes,
             f"loss_l1{suffix}": weights.l1_weight * loss_l1 / num_boxes,
-            f"loss_giou{suffix}": weights.giou_weight * loss_giou / num_boxes,
+            f"loss_giou{suffix}": weights.giou_weight * (1 - giou).sum() / num_boxes,
         }
 
     @staticmethod
     def _average_num_boxes(targets: list[Target], device: torch.device) -> Tensor:
         """Boxes per worker, averaged over all workers, at least 1."""
-        num_boxes = torch.tensor(
-            float(sum(len(t.labels) for t in targets)), dtype=torch.float, device=device
-        )
+        number = float(sum(len(t.labels) for t in targets))
+        num_boxes = torch.full((), number, dtype=torch.float, device=device)  # does not wait for it
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(num_boxes)
         return (num_boxes / comm.get_world_size()).clamp(min=1)

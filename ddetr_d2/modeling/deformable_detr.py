@@ -146,7 +146,7 @@ class DeformableDETR(nn.Module):
         images = self.preprocess_image(batched_inputs)
         layers, proposals = self.predict(images.tensor, self._padding_mask(images))
         if self.training:
-            targets = [self._target(x["instances"].to(self.device)) for x in batched_inputs]
+            targets = [self._target(x["instances"]) for x in batched_inputs]
             return self.criterion(layers, proposals, targets)
         return self.postprocess(layers[-1], batched_inputs, images.image_sizes)
 
@@ -170,7 +170,8 @@ class DeformableDETR(nn.Module):
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise the images and pad them at the right and the bottom to one size."""
         images = [
-            (x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs
+            (x["image"].to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std
+            for x in batched_inputs
         ]
         return ImageList.from_tensors(
             images,
@@ -192,11 +193,19 @@ class DeformableDETR(nn.Module):
         return mask
 
     def _target(self, instances: Instances) -> Target:
-        height, width = instances.image_size
-        boxes = instances.gt_boxes.tensor
+        # Copies to a GPU, here and elsewhere, are such that the host does not wait for it.
+        boxes = instances.gt_boxes.tensor.to(self.device, non_blocking=True)
         boxes = boxes.to(torch.promote_types(boxes.dtype, self.pixel_mean.dtype))
-        boxes = boxes / boxes.new_tensor([width, height, width, height])
-        return Target(instances.gt_classes, box_convert(boxes, "xyxy", "cxcywh"))
+        labels = instances.gt_classes.to(self.device, non_blocking=True)
+        boxes = boxes / self._corner_scale(instances.image_size, boxes)
+        return Target(labels, box_convert(boxes, "xyxy", "cxcywh"))
+
+    @staticmethod
+    def _corner_scale(size: tuple[int, int], like: Tensor) -> Tensor:
+        """(width, height, width, height) with the type and device of ``like``."""
+        height, width = size
+        scale = torch.tensor([width, height, width, height], dtype=like.dtype)
+        return scale.to(like.device, non_blocking=True)
 
     def best(self, predictions: Predictions) -> Detections:
         """Keep the best pairs of query and class; a query can appear with several classes."""
@@ -222,7 +231,7 @@ class DeformableDETR(nn.Module):
             height = inputs.get("height", image_size[0])
             width = inputs.get("width", image_size[1])
             result = Instances((height, width))
-            scale = detections.boxes.new_tensor([width, height, width, height])
+            scale = self._corner_scale((height, width), detections.boxes)
             result.pred_boxes = Boxes(detections.boxes[index] * scale)
             result.scores = detections.scores[index]
             result.pred_classes = detections.classes[index]

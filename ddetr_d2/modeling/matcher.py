@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert, generalized_box_iou
 
 from .heads import Predictions, at_least_float
@@ -30,6 +31,10 @@ class Matches(NamedTuple):
     query: Tensor
     target: Tensor
 
+    def to(self, device: torch.device) -> "Matches":
+        """The same on a device, without waiting for it."""
+        return Matches(*torch.stack(self).to(device, non_blocking=True))
+
 
 class HungarianMatcher(nn.Module):
     """Find the assignment of queries to objects with the lowest total cost in each image."""
@@ -50,57 +55,40 @@ class HungarianMatcher(nn.Module):
         self.focal_gamma = focal_gamma
 
     @torch.no_grad()
-    def forward(self, layers: list[Predictions], targets: list[Target]) -> list[Matches]:
+    def forward(self, *groups: tuple[list[Predictions], list[Target]]) -> list[Matches]:
         """Match the predictions of several layers, each by itself.
 
-        Costs of all layers and images travel to the host in one copy.
+        Costs of all layers and images travel to the host in one copy: the only time in a training
+        step that it has to wait for a GPU.
 
         Args:
-            layers: predictions of each layer for N images.
-            targets: ground truth of each of the N images.
+            groups: predictions of layers of one size for N images, and the ground truth of each
+                of the N images.
 
         Returns:
-            the matched pairs of each layer.
+            the matched pairs of each layer, one group after the other.
 
         Raises:
             FloatingPointError: if a cost is not finite.
         """
-        costs = [
-            [
-                self._cost(logits, boxes, target)
-                for logits, boxes, target in zip(layer.logits, layer.boxes, targets, strict=True)
-            ]
-            for layer in layers
-        ]
-        flat = torch.cat([cost.flatten() for layer in costs for cost in layer]).cpu()
-        if not flat.isfinite().all():
-            raise FloatingPointError(
-                "predictions are not finite (NaN or infinity), so they cannot be matched: the "
-                "training has diverged. Lower SOLVER.BASE_LR, clip gradients more "
-                "(SOLVER.CLIP_GRADIENTS), or turn SOLVER.AMP.ENABLED off."
-            )
-        blocks = iter(flat.split([cost.numel() for layer in costs for cost in layer]))
-        device = layers[0].logits.device
+        costs = [self._cost(layers, targets) for layers, targets in groups]
+        flat = torch.cat([cost.flatten() for cost in costs]).cpu()
+        blocks = flat.split([cost.numel() for cost in costs])
         return [
-            self._assign([next(blocks).view(cost.shape) for cost in layer], device)
-            for layer in costs
+            _assign(layer, [len(target.labels) for target in targets]).to(cost.device)
+            for (_, targets), cost, block in zip(groups, costs, blocks, strict=True)
+            for layer in block.view(cost.shape)
         ]
 
-    def _assign(self, costs: list[Tensor], device: torch.device) -> Matches:
-        images, queries, matched = [], [], []
-        first = 0
-        for image, cost in enumerate(costs):
-            query, target = (torch.from_numpy(x) for x in linear_sum_assignment(cost.numpy()))
-            images.append(torch.full_like(query, image))
-            queries.append(query)
-            matched.append(target + first)
-            first += cost.shape[1]
-        table = torch.stack([torch.cat(images), torch.cat(queries), torch.cat(matched)])
-        return Matches(*table.to(device, non_blocking=True))
-
-    def _cost(self, logits: Tensor, boxes: Tensor, target: Target) -> Tensor:
-        """Cost (Q, T) of every pair in one image with ``logits`` (Q, K) and ``boxes`` (Q, 4)."""
-        probability = at_least_float(logits)[:, target.labels].sigmoid()
+    def _cost(self, layers: list[Predictions], targets: list[Target]) -> Tensor:
+        """Cost (layers, N, Q, T) of every pair, T the largest number of objects in an image."""
+        labels = pad_sequence([target.labels for target in targets], batch_first=True)
+        wanted = pad_sequence([target.boxes for target in targets], batch_first=True)
+        logits = at_least_float(torch.stack([layer.logits for layer in layers]))
+        boxes = torch.stack([layer.boxes for layer in layers])
+        probability = logits.gather(
+            -1, labels[:, None].expand(*logits.shape[:-1], labels.shape[1])
+        ).sigmoid()
         positive = (
             self.focal_alpha * (1 - probability) ** self.focal_gamma * -(probability + 1e-8).log()
         )
@@ -109,9 +97,29 @@ class HungarianMatcher(nn.Module):
         )
         return (
             self.class_weight * (positive - negative)
-            + self.l1_weight * torch.cdist(boxes, target.boxes, p=1)
+            + self.l1_weight * torch.cdist(boxes, wanted, p=1)
             - self.giou_weight
             * generalized_box_iou(
-                box_convert(boxes, "cxcywh", "xyxy"), box_convert(target.boxes, "cxcywh", "xyxy")
+                box_convert(boxes, "cxcywh", "xyxy"), box_convert(wanted, "cxcywh", "xyxy")
             )
         )
+
+
+def _assign(costs: Tensor, sizes: list[int]) -> Matches:
+    """Solve the problem of each image, with costs (N, Q, T) on the host for ``sizes`` objects."""
+    images, queries, matched = [], [], []
+    first = 0
+    for image, (cost, size) in enumerate(zip(costs, sizes, strict=True)):
+        cost = cost[:, :size]
+        if not cost.isfinite().all():
+            raise FloatingPointError(
+                "predictions are not finite (NaN or infinity), so they cannot be matched: the "
+                "training has diverged. Lower SOLVER.BASE_LR, clip gradients more "
+                "(SOLVER.CLIP_GRADIENTS), or turn SOLVER.AMP.ENABLED off."
+            )
+        query, target = (torch.from_numpy(x) for x in linear_sum_assignment(cost.numpy()))
+        images.append(torch.full_like(query, image))
+        queries.append(query)
+        matched.append(target + first)
+        first += size
+    return Matches(torch.cat(images), torch.cat(queries), torch.cat(matched))

@@ -52,7 +52,7 @@ def test_every_layer_and_the_proposals():
         (layer, targets, suffix) for layer, suffix in zip(layers, ("_0", "_1", ""), strict=True)
     ]
     for prediction, wanted, suffix in [*cases, (proposals, background, "_enc")]:
-        (matches,) = matcher([prediction], wanted)
+        (matches,) = matcher(([prediction], wanted))
         starts = (0, len(targets[0].labels))
         pairs = {
             (int(i), int(q)): int(t) - starts[int(i)]
@@ -91,7 +91,7 @@ def _loss_of_one_worker(folder):
 
 
 def _pairs(layer, target):
-    (matches,) = HungarianMatcher()([layer], [target])
+    (matches,) = HungarianMatcher()(([layer], [target]))
     return {(0, q): t for q, t in zip(matches.query.tolist(), matches.target.tolist(), strict=True)}
 
 

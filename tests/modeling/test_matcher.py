@@ -43,7 +43,7 @@ def test_finds_the_cheapest_assignment():
         Target(torch.tensor([2, 0, 1]), random_boxes(3)),
         Target(torch.tensor([1, 1]), random_boxes(2)),
     ]
-    for layer, matches in zip(layers, HungarianMatcher()(layers, targets), strict=True):
+    for layer, matches in zip(layers, HungarianMatcher()((layers, targets)), strict=True):
         first = 0
         for image, target in enumerate(targets):
             cost = [
@@ -77,14 +77,14 @@ def test_images_without_objects_match_nothing():
     layer = Predictions(torch.randn(2, 4, 3), random_boxes(2, 4).float())
     empty = Target(torch.zeros(0, dtype=torch.long), torch.zeros(0, 4))
     one = Target(torch.tensor([1]), random_boxes(1).float())
-    (matches,) = HungarianMatcher()([layer], [empty, one])
+    (matches,) = HungarianMatcher()(([layer], [empty, one]))
     assert matches.image.tolist() == [1]
     assert matches.target.tolist() == [0]
-    (matches,) = HungarianMatcher()([layer], [empty, empty])
+    (matches,) = HungarianMatcher()(([layer], [empty, empty]))
     assert matches.query.numel() == 0
 
 
 def test_predictions_that_are_nan_are_explained():
     layer = Predictions(torch.full((1, 4, 3), math.nan), random_boxes(1, 4).float())
     with pytest.raises(FloatingPointError, match="SOLVER.BASE_LR"):
-        HungarianMatcher()([layer], [Target(torch.tensor([0]), random_boxes(1).float())])
+        HungarianMatcher()(([layer], [Target(torch.tensor([0]), random_boxes(1).float())]))
