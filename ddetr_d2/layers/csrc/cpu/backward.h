@@ -1,56 +1,68 @@
 // The backward pass. A part of kernels_impl.h, which says what may stand here.
 
-// The gradients of the pixels of a part, summed in float or double. Of a sum for a 16 bit type the
-// upper half stands where the result will be, the lower half in a buffer. Places are counted in
-// numbers from the part's first one, as if its pixels lay side by side.
+// Where the gradients of the pixels of a part are summed. Places are counted in numbers from the
+// part's first one, as if its pixels lay side by side; they are `step` times as far apart.
 template <typename scalar_t>
 struct Sums {
   using L = Lanes<scalar_t>;
 
-  scalar_t* upper;
-  int64_t step;     // pixels of `upper` and of value are so many times as far apart
-  uint16_t* lower;  // these do lie side by side
+  typename L::real* numbers;
+  int64_t step;
 
-  // The sums += share * grad, for channels from `at` on of the pixel at this offset.
+  // The sums += share * grad, for channels from c on of the pixel at this offset.
   template <int vectors>
   inline void add(int64_t offset, int64_t c, typename L::real share,
                   const typename L::Real (&grad)[vectors]) const {
-    scalar_t* const to = upper + offset * step + c;
-    if constexpr (L::is_narrow) {
-      uint16_t* const to_lower = lower + offset + c;
-      for (int v = 0; v < vectors; v += 2) {
-        typename L::Real even, odd;
-        load_sums(to + v * L::count, to_lower + v * L::count, even, odd);
-        even += share * grad[v];
-        odd += share * grad[v + 1];
-        const auto even_bits = (typename L::Bits)even;
-        const auto odd_bits = (typename L::Bits)odd;
-        store(to + v * L::count, even_bits >> 16 | (odd_bits & 0xffff0000));
-        store(to_lower + v * L::count, (even_bits & 0xffff) | odd_bits << 16);
-      }
-    } else {
-      typename L::Real sums[vectors];
-      load_channels(to, sums);
-      for (int v = 0; v < vectors; ++v) sums[v] += share * grad[v];
-      store_channels(to, sums);
+    auto* const to = numbers + offset * step + c;
+    for (int v = 0; v < vectors; ++v) {
+      const auto old = load_bytes<typename L::Real>(to + v * L::count);
+      store(to + v * L::count, old + share * grad[v]);
     }
   }
 
   inline void add_one(int64_t offset, int64_t c, typename L::real product) const {
+    numbers[offset * step + c] += product;
+  }
+};
+
+// The same for 16 bit types where memory is short: the upper half of the bits of each float stands
+// where the result will be, the lower half in a buffer, side by side.
+template <typename scalar_t>
+struct HalvedSums {
+  using L = Lanes<scalar_t>;
+
+  scalar_t* upper;
+  int64_t step;
+  uint16_t* lower;
+
+  template <int vectors>
+  inline void add(int64_t offset, int64_t c, float share,
+                  const typename L::Real (&grad)[vectors]) const {
     scalar_t* const to = upper + offset * step + c;
-    if constexpr (L::is_narrow) {
-      uint16_t* const to_lower = lower + offset + c;
-      const float sum = load_sum(to, to_lower) + product;
-      uint32_t bits;
-      __builtin_memcpy(&bits, &sum, sizeof bits);
-      store(to, static_cast<uint16_t>(bits >> 16));
-      *to_lower = bits;
-    } else {
-      *to += product;
+    uint16_t* const to_lower = lower + offset + c;
+    for (int v = 0; v < vectors; v += 2) {
+      typename L::Real even, odd;
+      load_sums(to + v * L::count, to_lower + v * L::count, even, odd);
+      even += share * grad[v];
+      odd += share * grad[v + 1];
+      const auto even_bits = (typename L::Bits)even;
+      const auto odd_bits = (typename L::Bits)odd;
+      store(to + v * L::count, even_bits >> 16 | (odd_bits & 0xffff0000));
+      store(to_lower + v * L::count, (even_bits & 0xffff) | odd_bits << 16);
     }
   }
 
-  // Replaces the sums of 16 bit types by their rounded values.
+  inline void add_one(int64_t offset, int64_t c, float product) const {
+    scalar_t* const to = upper + offset * step + c;
+    uint16_t* const to_lower = lower + offset + c;
+    const float sum = load_sum(to, to_lower) + product;
+    uint32_t bits;
+    __builtin_memcpy(&bits, &sum, sizeof bits);
+    store(to, static_cast<uint16_t>(bits >> 16));
+    *to_lower = bits;
+  }
+
+  // Replaces the sums by their rounded values.
   inline void round(int64_t tokens, int64_t channels) const {
     for (int64_t token = 0; token < tokens; ++token) {
       scalar_t* const to = upper + token * channels * step;
@@ -83,10 +95,10 @@ struct Sums {
 // What is done with one gradient of the output: the samples [begin, end) of the chunk.
 // sums += share * grad_output at each corner, and the lanes of product += the products of
 // grad_output and pixel, or = with the first channels, for `vectors` vectors of channels from c on.
-// What chunk.offset says of value is to be multiplied by sums.step.
-template <int vectors, typename scalar_t>
+// Pixels of value are `step` times as far apart as chunk.offset says.
+template <int vectors, typename scalar_t, typename sums_t>
 inline void scatter(const Chunk<scalar_t>& chunk, int64_t begin, int64_t end, const scalar_t* value,
-                    const Sums<scalar_t>& sums, int64_t c, const scalar_t* grad_output,
+                    int64_t step, const sums_t& sums, int64_t c, const scalar_t* grad_output,
                     typename Lanes<scalar_t>::Real (&product)[4][Chunk<scalar_t>::kSamples]) {
   using L = Lanes<scalar_t>;
   typename L::Real grad[vectors];
@@ -101,7 +113,7 @@ inline void scatter(const Chunk<scalar_t>& chunk, int64_t begin, int64_t end, co
         continue;
       }
       typename L::Real pixel[vectors];
-      load_channels(value + offset * sums.step + c, pixel);
+      load_channels(value + offset * step + c, pixel);
       for (int v = 0; v < vectors; ++v) sum += grad[v] * pixel[v];
       product[corner][i] = sum;
       sums.add(offset, c, chunk.share[corner][i], grad);
@@ -110,23 +122,23 @@ inline void scatter(const Chunk<scalar_t>& chunk, int64_t begin, int64_t end, co
 }
 
 // The same for all channels.
-template <typename scalar_t>
+template <typename scalar_t, typename sums_t>
 inline void scatter_channels(
-    const Chunk<scalar_t>& chunk, int64_t begin, int64_t end, const scalar_t* value,
-    const Sums<scalar_t>& sums, int64_t channels, const scalar_t* grad_output,
+    const Chunk<scalar_t>& chunk, int64_t begin, int64_t end, const scalar_t* value, int64_t step,
+    const sums_t& sums, int64_t channels, const scalar_t* grad_output,
     typename Lanes<scalar_t>::Real (&product)[4][Chunk<scalar_t>::kSamples]) {
   using L = Lanes<scalar_t>;
   using real = typename L::real;
   int64_t c = 0;
   for (; c + 4 * L::count <= channels; c += 4 * L::count) {
-    scatter<4>(chunk, begin, end, value, sums, c, grad_output, product);
+    scatter<4>(chunk, begin, end, value, step, sums, c, grad_output, product);
   }
   for (; c + 2 * L::count <= channels; c += 2 * L::count) {
-    scatter<2>(chunk, begin, end, value, sums, c, grad_output, product);
+    scatter<2>(chunk, begin, end, value, step, sums, c, grad_output, product);
   }
   if constexpr (!L::is_narrow) {
     for (; c + L::count <= channels; c += L::count) {
-      scatter<1>(chunk, begin, end, value, sums, c, grad_output, product);
+      scatter<1>(chunk, begin, end, value, step, sums, c, grad_output, product);
     }
   }
   for (; c < channels; ++c) {
@@ -136,7 +148,7 @@ inline void scatter_channels(
         if (c == 0) product[corner][i] = typename L::Real{};
         const int64_t offset = chunk.offset[corner][i];
         if (offset < 0) continue;
-        product[corner][i][0] += grad * static_cast<real>(value[offset * sums.step + c]);
+        product[corner][i][0] += grad * static_cast<real>(value[offset * step + c]);
         sums.add_one(offset, c, chunk.share[corner][i] * grad);
       }
     }
@@ -144,10 +156,10 @@ inline void scatter_channels(
 }
 
 // One part of the backward pass: some levels of one head of one image.
-template <typename scalar_t, typename location_t>
+template <typename scalar_t, typename location_t, typename sums_t>
 inline void backward_part(const Call& call, const Plan<scalar_t>& plan, int64_t first_sample,
-                          int64_t image, int64_t head, const scalar_t* value,
-                          const Sums<scalar_t>& sums) {
+                          int64_t image, int64_t head, const scalar_t* value, int64_t step,
+                          const sums_t& sums) {
   using L = Lanes<scalar_t>;
   constexpr int kSamples = Chunk<scalar_t>::kSamples;
   const int64_t stride = call.heads * call.channels;
@@ -183,8 +195,8 @@ inline void backward_part(const Call& call, const Plan<scalar_t>& plan, int64_t 
       const int groups = (chunk.count + L::count - 1) / L::count;
       const int64_t row_samples = queries > 1 ? plan.samples : chunk.count;
       for (int64_t q = 0; q < queries; ++q) {
-        scatter_channels(chunk, q * row_samples, (q + 1) * row_samples, value, sums, call.channels,
-                         grad_output + q * stride, product);
+        scatter_channels(chunk, q * row_samples, (q + 1) * row_samples, value, step, sums,
+                         call.channels, grad_output + q * stride, product);
       }
       for (int group = 0; group < groups; ++group) {
         typename L::Real corner_products[4];
@@ -231,22 +243,32 @@ void backward(const Call& call, int64_t begin, int64_t end) {
     const auto* value = static_cast<const scalar_t*>(call.value) + first_number;
     auto* grad_value = static_cast<scalar_t*>(call.grad_value) + first_number;
 
-    Sums<scalar_t> sums{grad_value, call.heads, nullptr};
-    if constexpr (L::is_narrow) sums.lower = new uint16_t[numbers]();
-    scalar_t* const copies = call.copied ? new scalar_t[2 * numbers]() : nullptr;
-    if (call.copied) {
-      copy_rows(plan.tokens, call.channels, value, stride, copies, call.channels);
-      value = copies;
-      sums.upper = copies + numbers;
-      sums.step = 1;
+    const int64_t first_sample = first_level * call.points;
+    int64_t step = call.heads;
+    scalar_t* copy = nullptr;
+    if (call.copy_value) {
+      copy = new scalar_t[numbers];
+      copy_rows(plan.tokens, call.channels, value, stride, copy, call.channels);
+      value = copy;
+      step = 1;
     }
-    backward_part<scalar_t, location_t>(call, plan, first_level * call.points, image, head, value,
-                                        sums);
-    if constexpr (L::is_narrow) sums.round(plan.tokens, call.channels);
-    if (call.copied) {
-      copy_rows(plan.tokens, call.channels, sums.upper, call.channels, grad_value, stride);
+    if (call.copy_sums) {
+      const Sums<scalar_t> sums{new typename L::real[numbers](), 1};
+      backward_part<scalar_t, location_t>(call, plan, first_sample, image, head, value, step, sums);
+      for (int64_t token = 0; token < plan.tokens; ++token) {
+        store_sums(sums.numbers + token * call.channels, call.channels,
+                   grad_value + token * stride);
+      }
+      delete[] sums.numbers;
+    } else if constexpr (L::is_narrow) {
+      const HalvedSums<scalar_t> sums{grad_value, call.heads, new uint16_t[numbers]()};
+      backward_part<scalar_t, location_t>(call, plan, first_sample, image, head, value, step, sums);
+      sums.round(plan.tokens, call.channels);
+      delete[] sums.lower;
+    } else {
+      const Sums<scalar_t> sums{grad_value, call.heads};
+      backward_part<scalar_t, location_t>(call, plan, first_sample, image, head, value, step, sums);
     }
-    delete[] copies;
-    delete[] sums.lower;
+    delete[] copy;
   }
 }

@@ -62,8 +62,10 @@ inline void add_samples(const Chunk<scalar_t>& chunk, const scalar_t* value, int
   }
 }
 
+// Writes the sums of a row, rounded where the type is narrower.
 template <typename scalar_t>
-inline void round_sums(const float* sum, int64_t channels, scalar_t* output) {
+inline void store_sums(const typename Lanes<scalar_t>::real* sum, int64_t channels,
+                       scalar_t* output) {
   using L = Lanes<scalar_t>;
   int64_t c = 0;
   for (; c + 2 * L::count <= channels; c += 2 * L::count) {
@@ -101,7 +103,7 @@ inline void forward_head(const Call& call, const Plan<scalar_t>& plan, int64_t b
       }
       add_samples(chunk, value, call.channels, sum);
     }
-    if constexpr (Lanes<scalar_t>::is_narrow) round_sums(sum, call.channels, output);
+    if constexpr (Lanes<scalar_t>::is_narrow) store_sums(sum, call.channels, output);
   }
 }
 
