@@ -244,31 +244,27 @@ void backward(const Call& call, int64_t begin, int64_t end) {
     auto* grad_value = static_cast<scalar_t*>(call.grad_value) + first_number;
 
     const int64_t first_sample = first_level * call.points;
-    int64_t step = call.heads;
-    scalar_t* copy = nullptr;
-    if (call.copy_value) {
-      copy = new scalar_t[numbers];
+    if (call.copied) {
+      scalar_t* const copy = new scalar_t[numbers];
       copy_rows(plan.tokens, call.channels, value, stride, copy, call.channels);
-      value = copy;
-      step = 1;
-    }
-    if (call.copy_sums) {
       const Sums<scalar_t> sums{new typename L::real[numbers](), 1};
-      backward_part<scalar_t, location_t>(call, plan, first_sample, image, head, value, step, sums);
+      backward_part<scalar_t, location_t>(call, plan, first_sample, image, head, copy, 1, sums);
       for (int64_t token = 0; token < plan.tokens; ++token) {
         store_sums(sums.numbers + token * call.channels, call.channels,
                    grad_value + token * stride);
       }
       delete[] sums.numbers;
+      delete[] copy;
     } else if constexpr (L::is_narrow) {
       const HalvedSums<scalar_t> sums{grad_value, call.heads, new uint16_t[numbers]()};
-      backward_part<scalar_t, location_t>(call, plan, first_sample, image, head, value, step, sums);
+      backward_part<scalar_t, location_t>(call, plan, first_sample, image, head, value, call.heads,
+                                          sums);
       sums.round(plan.tokens, call.channels);
       delete[] sums.lower;
     } else {
       const Sums<scalar_t> sums{grad_value, call.heads};
-      backward_part<scalar_t, location_t>(call, plan, first_sample, image, head, value, step, sums);
+      backward_part<scalar_t, location_t>(call, plan, first_sample, image, head, value, call.heads,
+                                          sums);
     }
-    delete[] copy;
   }
 }

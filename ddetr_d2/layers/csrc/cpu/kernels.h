@@ -20,12 +20,11 @@ struct Call {
   int64_t reference_size;
   void* output;
   const void* grad_output;
-  void* grad_value;  // zero at first, unless copy_sums
+  void* grad_value;  // zero at first, unless copied
   void* grad_locations;
   void* grad_weights;
-  bool by_level;    // a part of the backward pass is a level of a head instead of a whole head
-  bool copy_sums;   // the gradients of its pixels are summed in a buffer, side by side
-  bool copy_value;  // the pixels themselves are copied to lie side by side
+  bool by_level;  // a part of the backward pass is a level of a head instead of a whole head
+  bool copied;    // its pixels, and the sums of their gradients, lie side by side in buffers
 };
 
 enum class Type { kFloat, kDouble, kHalf, kBFloat16 };

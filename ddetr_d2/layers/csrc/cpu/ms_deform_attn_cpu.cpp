@@ -129,13 +129,10 @@ void divide_backward(Call& call, int64_t element_size, bool is_narrow, int64_t g
     tokens += largest;
   }
   const int64_t sum_size = std::max<int64_t>(element_size, sizeof(float));
-  const auto fits = [&](int64_t size) {
-    return call.queries * call.levels * call.points > call.tokens &&
-           tokens * call.channels * size * 10 <= gradient_bytes;
-  };
-  call.copy_sums = fits(sum_size);
-  call.copy_value = fits(sum_size + element_size);
-  call.by_level = call.copy_sums || is_narrow || heads < at::get_num_threads();
+  const int64_t buffers = tokens * call.channels * (element_size + sum_size);
+  call.copied =
+      buffers * 10 <= gradient_bytes && call.queries * call.levels * call.points > call.tokens;
+  call.by_level = call.copied || is_narrow || heads < at::get_num_threads();
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward_cpu(
@@ -151,7 +148,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward_cpu(
   divide_backward(call, value.element_size(), value.scalar_type() != accumulation_type(value),
                   gradient_bytes);
   at::Tensor grad_value =
-      call.copy_sums ? at::empty_like(inputs.value, layout) : at::zeros_like(inputs.value, layout);
+      call.copied ? at::empty_like(inputs.value, layout) : at::zeros_like(inputs.value, layout);
   at::Tensor grad_locations = at::empty_like(inputs.locations, layout);
   at::Tensor grad_weights = at::empty_like(inputs.weights, layout);
   call.grad_output = grad_outputs.const_data_ptr();
