@@ -27,7 +27,7 @@ DDETR_D2_HOST_DEVICE to convert(from x) {
 // The four pixels around a sample: left top, right top, left bottom, right bottom.
 template <typename real, typename integer>
 struct Corners {
-  integer token[4];  // index within the level; negative for a pixel outside, which counts as zero
+  integer place[4];  // of the pixel; negative for one outside, which counts as zero
   real right;        // share of the right column in the sample, 0 to 1
   real bottom;       // share of the bottom row
 
@@ -38,12 +38,20 @@ struct Corners {
   }
 };
 
+// Where the pixels of a level are: the first one's place, and how far the next row and the next
+// column are from there.
+template <typename integer>
+struct Layout {
+  integer columns, rows;
+  integer first, row_step, column_step;
+};
+
 // Finds the corners of the sample at the normalised location (loc_x, loc_y) of a level. All are
 // outside if it is dropped: too far away, infinite or NaN.
 template <typename real, typename integer>
 DDETR_D2_HOST_DEVICE Corners<real, integer> find_corners(real loc_x, real loc_y, real width,
-                                                         real height, integer columns,
-                                                         integer rows) {
+                                                         real height,
+                                                         const Layout<integer>& layout) {
   real x = loc_x * width - 0.5f;
   real y = loc_y * height - 0.5f;
   const auto near = (x > -1) & (x < width) & (y > -1) & (y < height);
@@ -59,15 +67,16 @@ DDETR_D2_HOST_DEVICE Corners<real, integer> find_corners(real loc_x, real loc_y,
   corners.right = x - convert<real>(left);
   corners.bottom = y - convert<real>(top);
   const auto left_inside = left >= 0;
-  const auto right_inside = (left >= -1) & (left + 1 < columns);
+  const auto right_inside = (left >= -1) & (left + 1 < layout.columns);
   const auto top_inside = top >= 0;
-  const auto bottom_inside = (top >= -1) & (top + 1 < rows);
+  const auto bottom_inside = (top >= -1) & (top + 1 < layout.rows);
   const integer outside = integer{} - 1;
-  const integer token = top * columns + left;
-  corners.token[0] = left_inside & top_inside ? token : outside;
-  corners.token[1] = right_inside & top_inside ? token + 1 : outside;
-  corners.token[2] = left_inside & bottom_inside ? token + columns : outside;
-  corners.token[3] = right_inside & bottom_inside ? token + columns + 1 : outside;
+  const integer place = layout.first + top * layout.row_step + left * layout.column_step;
+  const integer below = place + layout.row_step;
+  corners.place[0] = left_inside & top_inside ? place : outside;
+  corners.place[1] = right_inside & top_inside ? place + layout.column_step : outside;
+  corners.place[2] = left_inside & bottom_inside ? below : outside;
+  corners.place[3] = right_inside & bottom_inside ? below + layout.column_step : outside;
   return corners;
 }
 

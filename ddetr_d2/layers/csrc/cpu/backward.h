@@ -191,7 +191,7 @@ inline void backward_part(const Call& call, const Plan<scalar_t>& plan, int64_t 
     }
     const int64_t end = queries * plan.samples;
     for (int64_t first = 0; first < end; first += kSamples) {
-      chunk.fill(plan, first, end, locations, weights, readable, call.channels);
+      chunk.fill(plan, first, end, locations, weights, readable);
       const int groups = (chunk.count + L::count - 1) / L::count;
       const int64_t row_samples = queries > 1 ? plan.samples : chunk.count;
       for (int64_t q = 0; q < queries; ++q) {
@@ -236,7 +236,8 @@ void backward(const Call& call, int64_t begin, int64_t end) {
     const int64_t samples = levels * call.points;
     // So many that vectors are full.
     const int64_t queries = samples % L::count == 0 ? 1 : Chunk<scalar_t>::kSamples / samples;
-    const Plan<scalar_t> plan(call, first_level, first_level + levels, queries > 0 ? queries : 1);
+    const Plan<scalar_t> plan(call, first_level, first_level + levels, queries > 0 ? queries : 1,
+                              call.channels);
     const int64_t first_number =
         (image * call.tokens + plan.skipped_tokens) * stride + head * call.channels;
     const int64_t numbers = plan.tokens * call.channels;

@@ -76,12 +76,11 @@ inline void store_sums(const typename Lanes<scalar_t>::real* sum, int64_t channe
   for (; c < channels; ++c) output[c] = static_cast<scalar_t>(sum[c]);
 }
 
-// The queries [begin, end) of a head, counted over all images. Pixels of value lie `stride` numbers
-// apart.
+// The queries [begin, end) of a head, counted over all images.
 template <typename scalar_t, typename location_t>
 inline void forward_head(const Call& call, const Plan<scalar_t>& plan, int64_t begin, int64_t end,
-                         int64_t head, const scalar_t* value, int64_t stride,
-                         Sampling<scalar_t>& sampling, typename Lanes<scalar_t>::real* sums) {
+                         int64_t head, const scalar_t* value, Sampling<scalar_t>& sampling,
+                         typename Lanes<scalar_t>::real* sums) {
   const int64_t rows = call.batch * call.queries * call.heads;
   Chunk<scalar_t> chunk;
   for (int64_t query = begin; query < end; ++query) {
@@ -96,10 +95,9 @@ inline void forward_head(const Call& call, const Plan<scalar_t>& plan, int64_t b
     for (int64_t first = 0; first < plan.samples; first += chunk.kSamples) {
       if (call.reference != nullptr) {
         chunk.fill(plan, first, plan.samples, sampling.locations(), sampling.weights(),
-                   sampling.padded(), stride);
+                   sampling.padded());
       } else {
-        chunk.fill(plan, first, plan.samples, locations, weights, (rows - row) * plan.samples,
-                   stride);
+        chunk.fill(plan, first, plan.samples, locations, weights, (rows - row) * plan.samples);
       }
       add_samples(chunk, value, call.channels, sum);
     }
@@ -110,7 +108,8 @@ inline void forward_head(const Call& call, const Plan<scalar_t>& plan, int64_t b
 template <typename scalar_t, typename location_t>
 void forward(const Call& call, int64_t begin, int64_t end) {
   const int64_t stride = call.heads * call.channels;
-  const Plan<scalar_t> plan(call, 0, call.levels, 1);
+  const Plan<scalar_t> plan(call, 0, call.levels, 1, stride);
+  const Plan<scalar_t> copy_plan(call, 0, call.levels, 1, call.channels);
   Sampling<scalar_t> sampling(call);
   auto* const sums = new typename Lanes<scalar_t>::real[call.channels];
   scalar_t* copy = nullptr;
@@ -129,11 +128,9 @@ void forward(const Call& call, int64_t begin, int64_t end) {
     if ((next - begin) * plan.samples > call.tokens) {
       if (copy == nullptr) copy = new scalar_t[call.tokens * call.channels];
       copy_rows(call.tokens, call.channels, value, stride, copy, call.channels);
-      forward_head<scalar_t, location_t>(call, plan, first, last, head, copy, call.channels,
-                                         sampling, sums);
+      forward_head<scalar_t, location_t>(call, copy_plan, first, last, head, copy, sampling, sums);
     } else {
-      forward_head<scalar_t, location_t>(call, plan, first, last, head, value, stride, sampling,
-                                         sums);
+      forward_head<scalar_t, location_t>(call, plan, first, last, head, value, sampling, sums);
     }
   }
   delete[] copy;

@@ -7,7 +7,7 @@ struct Plan {
   using L = Lanes<scalar_t>;
   struct Group {
     typename L::Real width, height;
-    typename L::Integer columns, rows, first_token;
+    Layout<typename L::Integer> layout;
   };
 
   int64_t samples;     // of one query
@@ -16,7 +16,8 @@ struct Plan {
   int64_t skipped_tokens = 0;
   Group* groups;
 
-  Plan(const Call& call, int64_t first_level, int64_t last_level, int64_t queries_)
+  // Pixels are `stride` numbers apart.
+  Plan(const Call& call, int64_t first_level, int64_t last_level, int64_t queries_, int64_t stride)
       : samples((last_level - first_level) * call.points),
         queries(queries_),
         groups(new Group[(queries * samples + L::count - 1) / L::count]) {
@@ -30,27 +31,29 @@ struct Plan {
         const int64_t rows = call.spatial_shapes[2 * l];
         const int64_t columns = call.spatial_shapes[2 * l + 1];
         for (int64_t k = 0; k < call.points; ++k, ++sample) {
-          put(sample, rows, columns, tokens);
+          put(sample, rows, columns, tokens, stride);
         }
         tokens += rows * columns;
       }
     }
     // In a level without pixels every location is outside.
-    for (; sample % L::count != 0; ++sample) put(sample, 0, 0, 0);
+    for (; sample % L::count != 0; ++sample) put(sample, 0, 0, 0, 0);
   }
   ~Plan() { delete[] groups; }
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
 
  private:
-  void put(int64_t sample, int64_t rows, int64_t columns, int64_t first_token) {
+  void put(int64_t sample, int64_t rows, int64_t columns, int64_t first_token, int64_t stride) {
     Group& group = groups[sample / L::count];
     const int lane = sample % L::count;
     group.width[lane] = columns;
     group.height[lane] = rows;
-    group.columns[lane] = columns;
-    group.rows[lane] = rows;
-    group.first_token[lane] = first_token;
+    group.layout.columns[lane] = columns;
+    group.layout.rows[lane] = rows;
+    group.layout.first[lane] = first_token * stride;
+    group.layout.row_step[lane] = columns * stride;
+    group.layout.column_step[lane] = stride;
   }
 };
 
@@ -73,8 +76,7 @@ struct Chunk {
   template <typename location_t>
   __attribute__((always_inline)) inline void fill(const Plan<scalar_t>& plan, int64_t first,
                                                   int64_t end, const location_t* locations,
-                                                  const location_t* weights, int64_t readable,
-                                                  int64_t stride) {
+                                                  const location_t* weights, int64_t readable) {
     const int64_t left = end - first;
     count = left < kSamples ? left : kSamples;
     typename L::Integer outside{};
@@ -95,14 +97,11 @@ struct Chunk {
       }
       const auto& group = plan.groups[(first + i) / L::count];
       auto& found = corners[i / L::count];
-      found = find_corners(x, y, group.width, group.height, group.columns, group.rows);
+      found = find_corners(x, y, group.width, group.height, group.layout);
       attention[i / L::count] = weight;
       for (int corner = 0; corner < 4; ++corner) {
-        const typename L::Integer token = found.token[corner];
-        const typename L::Integer at =
-            (token + group.first_token) * static_cast<typename L::integer>(stride);
-        outside |= token;
-        store(offset[corner] + i, token < 0 ? token : at);
+        outside |= found.place[corner];
+        store(offset[corner] + i, found.place[corner]);
         store(share[corner] + i, weight * found.share(corner));
       }
     }

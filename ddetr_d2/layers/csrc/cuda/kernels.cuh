@@ -65,13 +65,17 @@ struct alignas(16) Sample {
 };
 
 template <typename acc_t, typename location_t>
-__device__ __forceinline__ Corners<acc_t, int32_t> corners_of(const Levels& levels, int level,
+__device__ __forceinline__ Corners<acc_t, int32_t> corners_of(const CudaCall& call,
+                                                              const Levels& levels, int level,
                                                               const location_t* location) {
   const Pack<location_t, 2> xy = *reinterpret_cast<const Pack<location_t, 2>*>(location);
+  const int32_t rows = levels.rows[level];
+  const int32_t columns = levels.columns[level];
+  const int32_t stride = call.heads * call.channels;
+  const Layout<int32_t> layout{columns, rows, levels.first_token[level] * stride, columns * stride,
+                               stride};
   return find_corners(static_cast<acc_t>(xy.at[0]), static_cast<acc_t>(xy.at[1]),
-                      static_cast<acc_t>(levels.columns[level]),
-                      static_cast<acc_t>(levels.rows[level]), levels.columns[level],
-                      levels.rows[level]);
+                      static_cast<acc_t>(columns), static_cast<acc_t>(rows), layout);
 }
 
 // The block's threads together find the corners of `count` samples, from number `first` on, of
@@ -89,13 +93,11 @@ __device__ __forceinline__ void find_samples(const CudaCall& call, const Levels&
     if (item >= total) break;
     const int64_t place = item * all + first + i % count;
     const int level = (first + i % count) / call.points;
-    const auto corners = corners_of<acc_t>(levels, level, locations + 2 * place);
+    const auto corners = corners_of<acc_t>(call, levels, level, locations + 2 * place);
     const acc_t weight = static_cast<acc_t>(weights[place]);
     Sample<acc_t> sample;
     for (int corner = 0; corner < 4; ++corner) {
-      const int32_t token = corners.token[corner];
-      sample.offset[corner] =
-          token < 0 ? -1 : (token + levels.first_token[level]) * call.heads * call.channels;
+      sample.offset[corner] = corners.place[corner];
       sample.share[corner] = weight * corners.share(corner);
     }
     samples[i] = sample;
@@ -222,15 +224,13 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
       for (int first = 0; first < samples; first += call.group) {
         const int mine = min(first + lane, samples - 1);
         const int my_level = first_level + mine / call.points;
-        auto corners = corners_of<acc_t>(levels, my_level, locations + 2 * (row_sample + mine));
+        auto corners =
+            corners_of<acc_t>(call, levels, my_level, locations + 2 * (row_sample + mine));
         const acc_t attention = static_cast<acc_t>(weights[row_sample + mine]);
         int32_t my_offset[4];
 #pragma unroll
         for (int corner = 0; corner < 4; ++corner) {
-          my_offset[corner] = !exists || corners.token[corner] < 0
-                                  ? -1
-                                  : (corners.token[corner] + levels.first_token[my_level]) *
-                                        call.heads * call.channels;
+          my_offset[corner] = exists ? corners.place[corner] : -1;
         }
         const int count = min(call.group, samples - first);
         acc_t product[4] = {};
