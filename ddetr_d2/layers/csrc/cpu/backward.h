@@ -246,22 +246,21 @@ void backward(const Call& call, int64_t begin, int64_t end) {
 
     const int64_t first_sample = first_level * call.points;
     if (call.copied) {
-      scalar_t* const copy = new scalar_t[numbers];
-      copy_rows(plan.tokens, call.channels, value, stride, copy, call.channels);
-      const Sums<scalar_t> sums{new typename L::real[numbers](), 1};
-      backward_part<scalar_t, location_t>(call, plan, first_sample, image, head, copy, 1, sums);
+      const Buffer<scalar_t> copy(numbers);
+      copy_rows(plan.tokens, call.channels, value, stride, copy.numbers, call.channels);
+      const Buffer<typename L::real> sums(numbers);
+      backward_part<scalar_t, location_t>(call, plan, first_sample, image, head, copy.numbers, 1,
+                                          Sums<scalar_t>{sums.numbers, 1});
       for (int64_t token = 0; token < plan.tokens; ++token) {
         store_sums(sums.numbers + token * call.channels, call.channels,
                    grad_value + token * stride);
       }
-      delete[] sums.numbers;
-      delete[] copy;
     } else if constexpr (L::is_narrow) {
-      const HalvedSums<scalar_t> sums{grad_value, call.heads, new uint16_t[numbers]()};
+      const Buffer<uint16_t> lower(numbers);
+      const HalvedSums<scalar_t> sums{grad_value, call.heads, lower.numbers};
       backward_part<scalar_t, location_t>(call, plan, first_sample, image, head, value, call.heads,
                                           sums);
       sums.round(plan.tokens, call.channels);
-      delete[] sums.lower;
     } else {
       const Sums<scalar_t> sums{grad_value, call.heads};
       backward_part<scalar_t, location_t>(call, plan, first_sample, image, head, value, call.heads,

@@ -111,8 +111,13 @@ void forward(const Call& call, int64_t begin, int64_t end) {
   const Plan<scalar_t> plan(call, 0, call.levels, 1, stride);
   const Plan<scalar_t> copy_plan(call, 0, call.levels, 1, call.channels);
   Sampling<scalar_t> sampling(call);
-  auto* const sums = new typename Lanes<scalar_t>::real[call.channels];
-  scalar_t* copy = nullptr;
+  const Buffer<typename Lanes<scalar_t>::real> sums(call.channels);
+  // Pixels of a head are as far from each other as all heads take, a power of two as a rule, so
+  // that few of them fit into the first-level cache together. Where pixels are read several times
+  // it is worth it to have those of the head side by side.
+  const auto is_worth_it = [&](int64_t queries) { return queries * plan.samples > call.tokens; };
+  const int64_t most_queries = end - begin < call.queries ? end - begin : call.queries;
+  const Buffer<scalar_t> copy(is_worth_it(most_queries) ? call.tokens * call.channels : 0);
   for (int64_t next; begin < end; begin = next) {
     const int64_t part = begin / call.queries;
     next = (part + 1) * call.queries < end ? (part + 1) * call.queries : end;
@@ -122,17 +127,13 @@ void forward(const Call& call, int64_t begin, int64_t end) {
                         head * call.channels;
     const int64_t first = image * call.queries + begin % call.queries;
     const int64_t last = first + next - begin;
-    // Pixels of a head are as far from each other as all heads take, a power of two as a rule, so
-    // that few of them fit into the first-level cache together. Where pixels are read several times
-    // it is worth it to have those of the head side by side.
-    if ((next - begin) * plan.samples > call.tokens) {
-      if (copy == nullptr) copy = new scalar_t[call.tokens * call.channels];
-      copy_rows(call.tokens, call.channels, value, stride, copy, call.channels);
-      forward_head<scalar_t, location_t>(call, copy_plan, first, last, head, copy, sampling, sums);
+    if (is_worth_it(next - begin)) {
+      copy_rows(call.tokens, call.channels, value, stride, copy.numbers, call.channels);
+      forward_head<scalar_t, location_t>(call, copy_plan, first, last, head, copy.numbers, sampling,
+                                         sums.numbers);
     } else {
-      forward_head<scalar_t, location_t>(call, plan, first, last, head, value, sampling, sums);
+      forward_head<scalar_t, location_t>(call, plan, first, last, head, value, sampling,
+                                         sums.numbers);
     }
   }
-  delete[] copy;
-  delete[] sums;
 }

@@ -136,15 +136,13 @@ class Sampling {
   explicit Sampling(const Call& call)
       : samples_(call.levels * call.points),
         padded_((samples_ + L::count - 1) / L::count * L::count),
-        numbers_(new real[padded_ * 7]()) {
+        buffer_(padded_ * 7),
+        numbers_(buffer_.numbers) {
     for (int64_t l = 0; l < call.levels; ++l) {
       set_scale(call, l, 1 / real(call.spatial_shapes[2 * l + 1]),
                 1 / real(call.spatial_shapes[2 * l]));
     }
   }
-  ~Sampling() { delete[] numbers_; }
-  Sampling(const Sampling&) = delete;
-  Sampling& operator=(const Sampling&) = delete;
 
   const real* locations() const { return numbers_; }
   const real* weights() const { return numbers_ + 2 * padded_; }
@@ -204,6 +202,7 @@ class Sampling {
  private:
   const int64_t samples_;
   const int64_t padded_;
+  const Buffer<real> buffer_;
   real* const numbers_;  // locations, weights, and shift and scale of the offsets
 
   inline void set_scale(const Call& call, int64_t level, real x, real y) {

@@ -182,3 +182,18 @@ inline void copy_rows(int64_t rows, int64_t count, const from_t* from, int64_t f
     for (; i < count; ++i) to[i] = static_cast<to_t>(from[i]);
   }
 }
+
+// Numbers, zero at first, that begin with a cache line: vectors across two lines take twice as
+// long.
+template <typename T>
+struct Buffer {
+  T* const numbers;
+
+  explicit Buffer(int64_t count)
+      : numbers(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64}))) {
+    __builtin_memset(static_cast<void*>(numbers), 0, count * sizeof(T));
+  }
+  ~Buffer() { ::operator delete(numbers, std::align_val_t{64}); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+};
