@@ -6,7 +6,6 @@
 #include <c10/util/Half.h>
 
 #include <cstdint>
-#include <new>
 #include <type_traits>
 
 #include "kernels.h"

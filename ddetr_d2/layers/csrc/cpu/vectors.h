@@ -183,17 +183,22 @@ inline void copy_rows(int64_t rows, int64_t count, const from_t* from, int64_t f
   }
 }
 
-// Numbers, zero at first, that begin with a cache line: vectors across two lines take twice as
-// long.
+// Numbers, zero at first, that begin with a cache line: vectors across two lines take longer. By
+// the usual allocator, since memory from the one for aligned memory is not used again as well.
 template <typename T>
-struct Buffer {
-  T* const numbers;
-
-  explicit Buffer(int64_t count)
-      : numbers(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64}))) {
-    __builtin_memset(static_cast<void*>(numbers), 0, count * sizeof(T));
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : memory_(new char[count * sizeof(T) + kLine]()) {
+    const auto misalignment = reinterpret_cast<uintptr_t>(memory_) % kLine;
+    numbers = reinterpret_cast<T*>(memory_ + (kLine - misalignment) % kLine);
   }
-  ~Buffer() { ::operator delete(numbers, std::align_val_t{64}); }
+  ~Buffer() { delete[] memory_; }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
+
+  T* numbers;
+
+ private:
+  static constexpr uintptr_t kLine = 64;
+  char* const memory_;
 };
