@@ -162,6 +162,7 @@ inline void backward_part(const Call& call, const Plan<scalar_t>& plan, int64_t 
                           const sums_t& sums) {
   using L = Lanes<scalar_t>;
   constexpr int kSamples = Chunk<scalar_t>::kSamples;
+  constexpr int64_t kQueriesAhead = 8;
   const int64_t stride = call.heads * call.channels;
   const int64_t head_samples = call.levels * call.points;
   const int64_t query_samples = call.heads * head_samples;
@@ -195,6 +196,14 @@ inline void backward_part(const Call& call, const Plan<scalar_t>& plan, int64_t 
       const int groups = (chunk.count + L::count - 1) / L::count;
       const int64_t row_samples = queries > 1 ? plan.samples : chunk.count;
       for (int64_t q = 0; q < queries; ++q) {
+        // The rows of a head's queries lie too far apart for the processor to do that by itself.
+        const int64_t ahead = query + q + kQueriesAhead < call.queries ? q + kQueriesAhead : q;
+        const int64_t at = sample + ahead * query_samples;
+        prefetch<0>(grad_output + ahead * stride, call.channels);
+        prefetch<0>(static_cast<const location_t*>(call.locations) + 2 * at, 2 * plan.samples);
+        prefetch<0>(static_cast<const location_t*>(call.weights) + at, plan.samples);
+        prefetch<1>(static_cast<location_t*>(call.grad_locations) + 2 * at, 2 * plan.samples);
+        prefetch<1>(static_cast<location_t*>(call.grad_weights) + at, plan.samples);
         scatter_channels(chunk, q * row_samples, (q + 1) * row_samples, value, step, sums,
                          call.channels, grad_output + q * stride, product);
       }

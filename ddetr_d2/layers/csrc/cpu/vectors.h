@@ -170,6 +170,13 @@ inline typename L::Real exponential(typename L::Real x) {
   }
 }
 
+// Asks for `count` numbers that will soon be read (0) or written (1).
+template <int written, typename T>
+inline void prefetch(const T* numbers, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(numbers + i, written);
+}
+
 // Copies rows of `count` numbers, which are `from_step` and `to_step` numbers apart.
 template <typename to_t, typename from_t>
 inline void copy_rows(int64_t rows, int64_t count, const from_t* from, int64_t from_step, to_t* to,
