@@ -7,9 +7,12 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from .transformer import FeedForward
+
 
 def prepare_for_inference(model: nn.Module) -> nn.Module:
-    """Fold batch normalisation into convolutions; on a CPU, run linear layers by oneDNN.
+    """Fold batch normalisation into convolutions; on a CPU, run linear layers by oneDNN and
+    feed-forward networks in pieces.
 
     Args:
         model: a trained model with Detectron2's convolutions; it is not changed.
@@ -24,6 +27,8 @@ def prepare_for_inference(model: nn.Module) -> nn.Module:
             _fold_batch_norm(module)
         elif isinstance(module, nn.Linear) and OneDNNLinear.is_faster_than(module):
             module.__class__ = OneDNNLinear
+        elif isinstance(module, FeedForward) and module.linear1.weight.device.type == "cpu":
+            module.__class__ = FeedForwardInPieces
     return model
 
 
@@ -48,9 +53,28 @@ class OneDNNLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to (..., C')."""
-        if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        if (
+            x.dtype != torch.float32
+            or torch.is_autocast_enabled("cpu")
+            or torch.jit.is_tracing()  # TorchScript has no such argument lists
+        ):
             return super().forward(x)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class FeedForwardInPieces(FeedForward):
+    """:class:`FeedForward` for some tokens after the other, so that its hidden layer, which is the
+    largest tensor of the encoder, stays in the cache and needs no new memory of the system."""
+
+    TOKENS = 1024
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, Q, C) to (N, Q, C)."""
+        whole = super().forward
+        # A graph would have as many pieces for all images as for the one that it was made with.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return whole(x)
+        return torch.cat([whole(piece) for piece in x.split(self.TOKENS, dim=1)], dim=1)
 
 
 def _fold_batch_norm(convolution: Conv2d) -> None:

@@ -7,7 +7,11 @@ import torch
 from torch import nn
 
 from ddetr_d2.layers import MSDeformAttn
-from ddetr_d2.modeling.inference import OneDNNLinear, prepare_for_inference
+from ddetr_d2.modeling.inference import (
+    FeedForwardInPieces,
+    OneDNNLinear,
+    prepare_for_inference,
+)
 
 from ..conftest import TINY, VARIANTS
 from .test_deformable_detr import build, make_batch
@@ -63,6 +67,37 @@ def test_prepared_models_run_under_autocast_and_in_double():
         ):
             assert got.dtype == torch.float64
             assert got.shape == wanted.shape
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7, 8, 30])
+def test_feed_forward_in_pieces(tokens, monkeypatch):
+    monkeypatch.setattr(FeedForwardInPieces, "TOKENS", 7)
+    model = randomize(build("deformable_detr", *TINY))
+    plain = model.transformer.encoder.layers[0].ffn
+    pieces = prepare_for_inference(model).transformer.encoder.layers[0].ffn
+    assert type(pieces) is FeedForwardInPieces
+    x = torch.randn(2, tokens, plain.linear1.in_features)
+    sizes = []
+    pieces.linear1.register_forward_hook(lambda module, args, y: sizes.append(y.shape[1]))
+    with torch.inference_mode():
+        torch.testing.assert_close(pieces(x), plain(x))
+    assert sum(sizes) == tokens
+    assert max(sizes) <= 7
+
+
+def test_feed_forward_in_pieces_is_whole_in_graphs(monkeypatch):
+    monkeypatch.setattr(FeedForwardInPieces, "TOKENS", 7)
+    model = randomize(build("deformable_detr", *TINY))
+    plain = model.transformer.encoder.layers[0].ffn
+    pieces = prepare_for_inference(model).transformer.encoder.layers[0].ffn
+    width = plain.linear1.in_features
+    traced = torch.jit.trace(pieces, torch.randn(1, 20, width))
+    compiled = torch.compile(pieces, dynamic=True, fullgraph=True, backend="eager")
+    for tokens in (5, 33):
+        x = torch.randn(2, tokens, width)
+        with torch.no_grad():
+            torch.testing.assert_close(traced(x), plain(x))
+            torch.testing.assert_close(compiled(x), plain(x))
 
 
 @pytest.mark.parametrize("reference", [2, 4])
