@@ -36,21 +36,18 @@ class SetCriterion(nn.Module):
             targets: ground truth of each image.
         """
         num_boxes = self._average_num_boxes(targets, layers[-1].boxes.device)
-        wanted = [targets] * len(layers)
-        predictions = list(layers)
-        suffixes = [f"_{index}" for index in range(len(layers) - 1)] + [""]
         groups = [(layers, targets)]
+        suffixes = [f"_{index}" for index in range(len(layers) - 1)] + [""]
         if proposals is not None:
             objects = [Target(torch.zeros_like(t.labels), t.boxes) for t in targets]
             groups.append(([proposals], objects))
-            wanted.append(objects)
-            predictions.append(proposals)
             suffixes.append("_enc")
+        cases = [(prediction, wanted) for group, wanted in groups for prediction in group]
         losses = {}
-        for prediction, matches, truth, suffix in zip(
-            predictions, self.matcher(*groups), wanted, suffixes, strict=True
+        for (prediction, wanted), matches, suffix in zip(
+            cases, self.matcher(*groups), suffixes, strict=True
         ):
-            losses |= self._losses(prediction, matches, truth, num_boxes, suffix)
+            losses |= self._losses(prediction, matches, wanted, num_boxes, suffix)
         return losses
 
     def _losses(
