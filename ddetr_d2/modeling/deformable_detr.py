@@ -193,19 +193,15 @@ class DeformableDETR(nn.Module):
         return mask
 
     def _target(self, instances: Instances) -> Target:
-        # Copies to a GPU, here and elsewhere, are such that the host does not wait for it.
-        boxes = instances.gt_boxes.tensor.to(self.device, non_blocking=True)
+        height, width = instances.image_size
+        boxes = instances.gt_boxes.tensor
         boxes = boxes.to(torch.promote_types(boxes.dtype, self.pixel_mean.dtype))
-        labels = instances.gt_classes.to(self.device, non_blocking=True)
-        boxes = boxes / self._corner_scale(instances.image_size, boxes)
-        return Target(labels, box_convert(boxes, "xyxy", "cxcywh"))
-
-    @staticmethod
-    def _corner_scale(size: tuple[int, int], like: Tensor) -> Tensor:
-        """(width, height, width, height) with the type and device of ``like``."""
-        height, width = size
-        scale = torch.tensor([width, height, width, height], dtype=like.dtype)
-        return scale.to(like.device, non_blocking=True)
+        boxes = boxes / boxes.new_tensor([width, height, width, height])
+        # Computed on the host, where the data are, and copied without waiting for a GPU.
+        return Target(
+            instances.gt_classes.to(self.device, non_blocking=True),
+            box_convert(boxes, "xyxy", "cxcywh").to(self.device, non_blocking=True),
+        )
 
     def best(self, predictions: Predictions) -> Detections:
         """Keep the best pairs of query and class; a query can appear with several classes."""
@@ -231,8 +227,8 @@ class DeformableDETR(nn.Module):
             height = inputs.get("height", image_size[0])
             width = inputs.get("width", image_size[1])
             result = Instances((height, width))
-            scale = self._corner_scale((height, width), detections.boxes)
-            result.pred_boxes = Boxes(detections.boxes[index] * scale)
+            result.pred_boxes = Boxes(detections.boxes[index])
+            result.pred_boxes.scale(width, height)
             result.scores = detections.scores[index]
             result.pred_classes = detections.classes[index]
             result.queries = detections.queries[index]
