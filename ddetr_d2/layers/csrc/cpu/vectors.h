@@ -170,11 +170,13 @@ inline typename L::Real exponential(typename L::Real x) {
   }
 }
 
+constexpr int64_t kCacheLine = 64;  // bytes
+
 // Asks for `count` numbers that will soon be read (0) or written (1).
 template <int written, typename T>
 inline void prefetch(const T* numbers, int64_t count) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(numbers + i, written);
+  constexpr int64_t kStep = kCacheLine / sizeof(T);
+  for (int64_t i = 0; i < count; i += kStep) __builtin_prefetch(numbers + i, written);
 }
 
 // Copies rows of `count` numbers, which are `from_step` and `to_step` numbers apart.
@@ -195,9 +197,9 @@ inline void copy_rows(int64_t rows, int64_t count, const from_t* from, int64_t f
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(int64_t count) : memory_(new char[count * sizeof(T) + kLine]()) {
-    const auto misalignment = reinterpret_cast<uintptr_t>(memory_) % kLine;
-    numbers = reinterpret_cast<T*>(memory_ + (kLine - misalignment) % kLine);
+  explicit Buffer(int64_t count) : memory_(new char[count * sizeof(T) + kCacheLine]()) {
+    const auto misalignment = reinterpret_cast<uintptr_t>(memory_) % kCacheLine;
+    numbers = reinterpret_cast<T*>(memory_ + (kCacheLine - misalignment) % kCacheLine);
   }
   ~Buffer() { delete[] memory_; }
   Buffer(const Buffer&) = delete;
@@ -206,6 +208,5 @@ class Buffer {
   T* numbers;
 
  private:
-  static constexpr uintptr_t kLine = 64;
   char* const memory_;
 };
