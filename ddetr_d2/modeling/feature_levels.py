@@ -1,6 +1,6 @@
 """From backbone features to the tokens that the transformer reads (paper, section 4.1)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,8 @@ class FeatureLevels:
         padding_mask: (N, S) bool, True where a token lies on padding; None if there is none.
         spatial_shapes: (H_l, W_l) of each level.
         level_start_index: index of each level's first token.
-        valid_ratios: (N, L, 2) unpadded over full width and height of each level.
+        valid_sizes: (N, L, 2) unpadded width and height of each level in tokens, whole numbers of
+            a floating type.
     """
 
     tokens: Tensor
@@ -28,18 +29,56 @@ class FeatureLevels:
     padding_mask: Tensor | None
     spatial_shapes: tuple[tuple[int, int], ...]
     level_start_index: tuple[int, ...]
-    valid_ratios: Tensor
+    valid_sizes: Tensor
+
+    @property
+    def valid_ratios(self) -> Tensor:
+        """Unpadded over full width and height of each level: (N, L, 2)."""
+        return torch.stack(
+            [
+                torch.stack((size[:, 0] / width, size[:, 1] / height), dim=-1)
+                for size, (height, width) in self._valid_and_full_sizes()
+            ],
+            dim=1,
+        )
 
     def token_centers(self) -> Tensor:
-        """Centre (x, y) of each token as a fraction of the unpadded image: (N, S, 2)."""
+        """Centre (x, y) of each token as a fraction of the unpadded image: (N, S, 2).
+
+        The size is a whole number of tokens: where it is 50 or 150, centres are exactly on the
+        limits that anchors are held to, 0.01 and 0.99, and a rounded size would let some in.
+        """
+        return torch.cat(
+            [_centers(*shape, size) for size, shape in self._valid_and_full_sizes()], dim=1
+        )
+
+    def reference_points(self) -> Tensor:
+        """Centre of each token as a fraction of each padded level: (N, S, L, 2).
+
+        Rounded as in the reference implementation, which here multiplies valid ratios by full
+        sizes where :meth:`token_centers` has whole numbers. The offsets of a new model are whole
+        pixels, so its samples lie on centres of pixels, where rounding decides which neighbour
+        the gradient of a location comes from.
+        """
+        ratios = self.valid_ratios
         centers = []
         for level, (height, width) in enumerate(self.spatial_shapes):
-            options = {"dtype": self.valid_ratios.dtype, "device": self.valid_ratios.device}
-            y = (torch.arange(height, **options) + 0.5) / height
-            x = (torch.arange(width, **options) + 0.5) / width
-            grid = torch.stack((x.expand(height, width), y[:, None].expand(height, width)), dim=-1)
-            centers.append(grid.flatten(0, 1) / self.valid_ratios[:, None, level])
-        return torch.cat(centers, dim=1)
+            size = torch.stack((ratios[:, level, 0] * width, ratios[:, level, 1] * height), dim=-1)
+            centers.append(_centers(height, width, size))
+        return torch.cat(centers, dim=1)[:, :, None] * ratios[:, None]
+
+    def _valid_and_full_sizes(self) -> Iterator[tuple[Tensor, tuple[int, int]]]:
+        """For each level (N, 2) unpadded width and height, and full height and width."""
+        return zip(self.valid_sizes.unbind(1), self.spatial_shapes, strict=True)
+
+
+def _centers(height: int, width: int, size: Tensor) -> Tensor:
+    """Centres (x, y) of a level's tokens over ``size`` (N, 2), width and height: (N, H * W, 2)."""
+    options = {"dtype": size.dtype, "device": size.device}
+    x = (torch.arange(width, **options) + 0.5) / size[:, :1]
+    y = (torch.arange(height, **options) + 0.5) / size[:, 1:]
+    x, y = x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)
+    return torch.stack((x, y), dim=-1).flatten(1, 2)
 
 
 class FeatureProjection(nn.Module):
@@ -78,7 +117,7 @@ class FeatureProjection(nn.Module):
             features: (N, C_l, H_l, W_l) backbone features, fine to coarse.
             image_mask: (N, H, W) bool, True on the padding of the images; None if there is none.
         """
-        tokens, positions, masks, shapes, valid_ratios = [], [], [], [], []
+        tokens, positions, masks, shapes, valid_sizes = [], [], [], [], []
         coarsest = features[-1]
         for level, projection in enumerate(self.input_proj):
             if level < len(features):
@@ -90,14 +129,12 @@ class FeatureProjection(nn.Module):
                 mask = torch.zeros((1, height, width), dtype=torch.bool, device=feature.device)
             else:
                 mask = F.interpolate(image_mask[:, None].float(), size=(height, width))[:, 0].bool()
-            # Positions and ratios in 16 bits would be off by pixels.
+            # Positions and sizes in 16 bits would be off by pixels.
             dtype = torch.promote_types(feature.dtype, torch.float32)
             position = sine_position_embedding(mask, feature.shape[1], dtype)
             position = position.flatten(1, 2) + self.level_embed[level]
             valid = (~mask).to(dtype)
-            valid_ratios.append(
-                torch.stack((valid[:, 0, :].mean(1), valid[:, :, 0].mean(1)), dim=-1)
-            )
+            valid_sizes.append(torch.stack((valid[:, 0].sum(1), valid[:, :, 0].sum(1)), dim=-1))
             tokens.append(feature.flatten(2).transpose(1, 2))
             positions.append(position.to(feature.dtype))
             masks.append(mask.flatten(1))
@@ -111,5 +148,5 @@ class FeatureProjection(nn.Module):
             padding_mask=None if image_mask is None else torch.cat(masks, dim=1),
             spatial_shapes=tuple(shapes),
             level_start_index=tuple(starts),
-            valid_ratios=torch.stack(valid_ratios, dim=1).expand(tokens[0].shape[0], -1, -1),
+            valid_sizes=torch.stack(valid_sizes, dim=1).expand(tokens[0].shape[0], -1, -1),
         )

@@ -78,7 +78,7 @@ class DeformableTransformerEncoder(nn.Module):
 
     def forward(self, levels: FeatureLevels) -> Tensor:
         """Return the tokens (N, S, C) after all layers."""
-        reference_points = levels.token_centers()[:, :, None] * levels.valid_ratios[:, None]
+        reference_points = levels.reference_points()
         tokens = levels.tokens
         for layer in self.layers:
             tokens = layer(tokens, reference_points, levels)
@@ -165,11 +165,12 @@ class DeformableTransformerDecoder(nn.Module):
         """Return the predictions of every layer, the final ones last."""
         content = queries.content
         reference = queries.reference
+        valid_ratios = levels.valid_ratios[:, None]
         predictions = []
         for index, layer in enumerate(self.layers):
-            ratios = levels.valid_ratios.repeat(1, 1, reference.shape[-1] // 2)
+            ratios = valid_ratios.repeat(1, 1, 1, reference.shape[-1] // 2)
             content = layer(
-                content, queries.position, reference[:, :, None] * ratios[:, None], memory, levels
+                content, queries.position, reference[:, :, None] * ratios, memory, levels
             )
             head = self.heads[index if self.refines_boxes else 0]
             predictions.append(head(content, inverse_sigmoid(reference)))

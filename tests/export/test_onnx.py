@@ -49,6 +49,17 @@ def test_operators_are_standard_ones_of_the_wanted_set(opset, build, check, tmp_
     check(model, load_onnx(path)[0])
 
 
+def test_proposals_at_the_border(build, check, tmp_path):
+    """Centres at 0.01 and 0.99 exactly, see tests/modeling/test_queries.py."""
+    # A query for every token, so that one on the wrong side shows.
+    queries = ("MODEL.DEFORMABLE_DETR.NUM_QUERIES", "2300")
+    model = build("deformable_detr_refine_two_stage", *queries)
+    path = str(tmp_path / "model.onnx")
+    options = {"postprocess": False}
+    write_onnx(ExportableDetector(model, **options), path, {})
+    check(model, load_onnx(path)[0], {"border": [(160, 400), (192, 520)]}, **options)
+
+
 def test_few_tokens_and_few_pairs(build, check, tmp_path):
     """Fewer tokens than queries, and fewer pairs of query and class than detections, later."""
     model = build("deformable_detr_refine_two_stage", "MODEL.DEFORMABLE_DETR.NUM_QUERIES", "60")

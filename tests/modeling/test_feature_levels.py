@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from transformers.models.deformable_detr.modeling_deformable_detr import DeformableDetrEncoder
 
 from ddetr_d2.layers import sine_position_embedding
 from ddetr_d2.modeling.feature_levels import FeatureProjection
@@ -33,6 +34,8 @@ def test_levels_of_a_padded_batch():
     assert levels.spatial_shapes == ((8, 12), (4, 6), (2, 3), (1, 2))
     assert levels.level_start_index == (0, 96, 120, 126)
     assert levels.tokens.shape == levels.position.shape == (2, 128, 32)
+    sizes = torch.tensor([[[12, 8], [6, 4], [3, 2], [2, 1]], [[6, 5], [3, 3], [2, 2], [1, 1]]])
+    assert torch.equal(levels.valid_sizes, sizes.float())
     ratios = torch.tensor([[6 / 12, 5 / 8], [3 / 6, 3 / 4], [2 / 3, 1.0], [1 / 2, 1.0]])
     torch.testing.assert_close(levels.valid_ratios, torch.stack((torch.ones(4, 2), ratios)))
     assert levels.padding_mask[0].sum() == 0
@@ -42,6 +45,22 @@ def test_levels_of_a_padded_batch():
     torch.testing.assert_close(centers[0, 13], torch.tensor([1.5 / 12, 1.5 / 8]))
     torch.testing.assert_close(centers[1, 13], torch.tensor([1.5 / 6, 1.5 / 5]))
     torch.testing.assert_close(centers[1, 97], torch.tensor([1.5 / 3, 0.5 / 3]))
+
+
+def test_reference_points_are_those_of_transformers_to_the_last_bit():
+    """Samples of a new model lie on centres of pixels, where rounding decides on gradients."""
+    projection = FeatureProjection([8], num_levels=2, hidden_dim=32)
+    mask = torch.zeros(4, 200, 300, dtype=torch.bool)
+    for image, (height, width) in enumerate([(200, 300), (115, 184), (93, 217), (8, 41)]):
+        mask[image, height:] = True
+        mask[image, :, width:] = True
+    levels = projection([torch.randn(4, 8, 100, 150)], mask)
+    expected = DeformableDetrEncoder.get_reference_points(
+        levels.spatial_shapes, levels.valid_ratios, mask.device
+    )
+    assert torch.equal(levels.reference_points(), expected)
+    centers = levels.token_centers()[:, :, None] * levels.valid_ratios[:, None]
+    torch.testing.assert_close(centers, expected)
 
 
 def test_level_embedding_is_added_to_the_position():

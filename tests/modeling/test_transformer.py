@@ -21,7 +21,7 @@ SIZE = TransformerSize(hidden_dim=32, num_heads=4, num_levels=2, dim_feedforward
 
 def make_levels(shapes, valid, seed=0):
     """One image whose ``valid`` (H, W) of each level holds fixed content, the rest noise."""
-    tokens, positions, masks, ratios = [], [], [], []
+    tokens, positions, masks, sizes = [], [], [], []
     for level, ((height, width), (rows, columns)) in enumerate(zip(shapes, valid, strict=True)):
         generator = torch.Generator().manual_seed(seed + level)
         content = torch.randn(2, rows, columns, 32, generator=generator)
@@ -32,14 +32,14 @@ def make_levels(shapes, valid, seed=0):
         tokens.append(maps[0].flatten(0, 1))
         positions.append(maps[1].flatten(0, 1))
         masks.append(mask.flatten())
-        ratios.append([columns / width, rows / height])
+        sizes.append([float(columns), float(rows)])
     return FeatureLevels(
         tokens=torch.cat(tokens)[None],
         position=torch.cat(positions)[None],
         padding_mask=torch.cat(masks)[None],
         spatial_shapes=tuple(shapes),
         level_start_index=(0, shapes[0][0] * shapes[0][1]),
-        valid_ratios=torch.tensor([ratios]),
+        valid_sizes=torch.tensor([sizes]),
     )
 
 
