@@ -5,12 +5,15 @@ import argparse
 import sys
 
 import torch
+from detectron2.checkpoint import Checkpointer
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from torch import nn
 from torch.multiprocessing import ProcessExitedException
 
+from ddetr_d2.checkpoint import read_class_names
 from ddetr_d2.data import infer_num_classes, register_datasets
 from ddetr_d2.engine import Trainer, setup_cfg
 from ddetr_d2.errors import UserError, exit_on_user_error
@@ -26,16 +29,25 @@ def setup(args: argparse.Namespace) -> CfgNode:
         cfg.DATASETS.TRAIN = ()  # evaluation needs none of its files
     elif not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name a data set, or give --eval-only.")
-    register_datasets(cfg)
-    cfg.MODEL.DEFORMABLE_DETR.NUM_CLASSES = infer_num_classes(cfg)
+    # Before the data sets are read, so that what was noticed stands in the log.
+    logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ddetr_d2")
+    classes = register_datasets(cfg, evaluated_classes(cfg, args) if args.eval_only else None)
+    cfg.MODEL.DEFORMABLE_DETR.NUM_CLASSES = infer_num_classes(cfg, classes)
     cfg.freeze()
     default_setup(cfg, args)
-    logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ddetr_d2")
     logger.info(
         f"Running on {cfg.MODEL.DEVICE}, {torch.get_num_threads()} threads; "
         f"{cfg.MODEL.DEFORMABLE_DETR.NUM_CLASSES} classes."
     )
     return cfg
+
+
+def evaluated_classes(cfg: CfgNode, args: argparse.Namespace) -> list[str] | None:
+    """Class names of the weights that are going to be evaluated; None if they do not tell."""
+    checkpointer = Checkpointer(nn.Module(), cfg.OUTPUT_DIR)
+    if args.resume and checkpointer.has_checkpoint():
+        return read_class_names(checkpointer.get_checkpoint_file())
+    return read_class_names(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None
 
 
 def main(args: argparse.Namespace) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
@@ -12,7 +11,7 @@ from detectron2.structures import Instances
 from detectron2.utils.colormap import colormap
 
 from ddetr_d2.checkpoint import DetrCheckpointer, read_class_names
-from ddetr_d2.data import build_augmentation, register_datasets
+from ddetr_d2.data import build_augmentation, data_set_classes
 from ddetr_d2.engine import setup_cfg
 from ddetr_d2.errors import UserError
 from ddetr_d2.modeling import prepare_for_inference
@@ -62,25 +61,16 @@ def _data_set_classes(cfg: CfgNode) -> list[str] | None:
 
     Detectron2 knows those of its own data sets; others are read from their annotation files.
     """
-    names = [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]
-    if not any(name in DatasetCatalog and _classes(name) for name in names):
-        if cfg.DATASETS.TEST:
-            cfg.DATASETS.TRAIN = ()  # its files need not be here
-        try:
-            register_datasets(cfg)
-        except UserError as error:
-            if cfg.MODEL.DEFORMABLE_DETR.NUM_CLASSES:
-                return None
-            raise UserError(
-                f"{cfg.MODEL.WEIGHTS} does not name its classes, and neither do the data sets of "
-                f"the configuration ({error}); give --opts MODEL.DEFORMABLE_DETR.NUM_CLASSES."
-            ) from error
-    known = (_classes(name) for name in names if name in DatasetCatalog)
-    return next((classes for classes in known if classes), None)
-
-
-def _classes(dataset: str) -> list[str] | None:
-    return MetadataCatalog.get(dataset).get("thing_classes")
+    try:
+        names = data_set_classes(cfg)
+    except UserError as error:
+        if cfg.MODEL.DEFORMABLE_DETR.NUM_CLASSES:
+            return None
+        raise UserError(
+            f"{cfg.MODEL.WEIGHTS} does not name its classes, and neither do the data sets of "
+            f"the configuration ({error}); give --opts MODEL.DEFORMABLE_DETR.NUM_CLASSES."
+        ) from error
+    return names
 
 
 def detect(predictor: Predictor, image: np.ndarray, threshold: float) -> Instances:

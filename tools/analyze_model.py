@@ -29,7 +29,7 @@ from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
-from ddetr_d2.data import infer_num_classes, register_datasets
+from ddetr_d2.data import data_set_classes, register_datasets
 from ddetr_d2.engine import Trainer, setup_cfg
 from ddetr_d2.errors import UserError, exit_on_user_error
 from ddetr_d2.layers import MSDeformAttn, ms_deform_attn
@@ -202,9 +202,7 @@ def set_num_classes(cfg: CfgNode) -> None:
     # Detectron2 knows the classes of its own data sets without their files.
     known = MetadataCatalog.get(names[0]).get("thing_classes")
     try:
-        if not known:
-            register_datasets(cfg)
-        node.NUM_CLASSES = len(known) if known else infer_num_classes(cfg)
+        node.NUM_CLASSES = len(known or data_set_classes(cfg) or ())
     except UserError as error:
         raise UserError(
             f"{error} (To count without data sets, give MODEL.DEFORMABLE_DETR.NUM_CLASSES.)"

@@ -9,6 +9,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from tabulate import tabulate
 from torch import nn
 
+from ..class_names import listed, match_classes
 from ..errors import UserError
 from .architecture import as_arguments, built_options, differences, infer_options, variant
 from .files import local_path
@@ -53,6 +54,7 @@ class DetrCheckpointer(DetectionCheckpointer):
         self.class_names = class_names
         self.strict = strict
         self._source = ""
+        self._resuming = False
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``name``.pth; see :meth:`DetectionCheckpointer.save`."""
@@ -68,6 +70,8 @@ class DetrCheckpointer(DetectionCheckpointer):
             UserError: if it is missing, damaged or does not fit the model.
         """
         self._source = path
+        # Detectron2 restores nothing but the weights where no run is resumed.
+        self._resuming = not self.strict and not args and "checkpointables" not in kwargs
         try:
             return super().load(local_path(path) if path else path, *args, **kwargs)
         finally:
@@ -91,11 +95,12 @@ class DetrCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         weights: Weights = checkpoint.pop("model")
         expected = self.model.state_dict()
-        if weights.coco_ids and num_classes(expected) == len(COCO_NAMES):
+        if weights.coco_ids and (self.class_names or num_classes(expected) == len(COCO_NAMES)):
             weights = to_contiguous(weights)
         state = weights.model
         if any(name.startswith("backbone.bottom_up.") for name in expected) and weights.is_backbone:
             state = {re.sub(r"^backbone\.", "backbone.bottom_up.", k): v for k, v in state.items()}
+        state = self._match_classes(state, weights.class_names, expected)
         misfit = _compare(state, expected, weights.is_backbone and not self.strict)
         if misfit.wrong and not self.strict and all(_CLASS_HEAD in name for name in misfit.wrong):
             logging.getLogger(__name__).warning(
@@ -108,6 +113,43 @@ class DetrCheckpointer(DetectionCheckpointer):
             raise UserError(self._message(misfit, state, expected))
         self._compare_options(weights)
         return super()._load_model({"model": state})
+
+    def _match_classes(self, state: State, names: list[str] | None, expected: State) -> State:
+        """Give each class of the model the head that the class of its name has in the file.
+
+        Classes that the file does not have start anew. Output 0 of the proposals says "object"
+        whatever the class, and stays.
+        """
+        ours = self.class_names
+        if not (names and ours) or list(names) == list(ours) or self.strict:
+            return state
+        if self._resuming:
+            raise UserError(
+                f"{self._source} was trained on the classes {listed(names)}, but the data sets "
+                f"have {listed(ours)} now: a run is resumed with the classes it was started with. "
+                "Start another one, in another OUTPUT_DIR, with MODEL.WEIGHTS"
+            )
+        matches = match_classes(ours, names)
+        kept = [name for name, match in zip(ours, matches, strict=True) if match is not None]
+        new = [name for name, match in zip(ours, matches, strict=True) if match is None]
+        logging.getLogger(__name__).warning(
+            f"{self._source} was trained on other classes, which are matched by name: "
+            f"{len(kept)} keep their heads ({listed(kept) or 'none'}), {len(new)} start anew "
+            f"({listed(new) or 'none'})."
+        )
+        state = dict(state)
+        for name, tensor in state.items():
+            fresh = expected.get(name)
+            # Heads of another width do not fit for another reason, which is said later.
+            if _CLASS_HEAD not in name or fresh is None or fresh.shape[1:] != tensor.shape[1:]:
+                continue
+            fresh = fresh.detach().clone()
+            proposals = name.startswith("transformer.queries.")
+            for row, match in enumerate([0] if proposals else matches):
+                if match is not None and match < len(tensor):
+                    fresh[row] = tensor[match]
+            state[name] = fresh
+        return state
 
     def _message(self, misfit: "_Misfit", state: State, expected: State) -> str:
         needed, built = infer_options(state), infer_options(expected)

@@ -11,15 +11,17 @@ from detectron2.data import (
     build_detection_test_loader,
     build_detection_train_loader,
 )
+from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.engine import DefaultTrainer
 from detectron2.engine.hooks import HookBase
-from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import nn
 
 from ..checkpoint import DetrCheckpointer
-from ..data import DetrDatasetMapper
+from ..data import DetrDatasetMapper, coco_set, load_records
 from ..errors import UserError
+from ..evaluation import CocoBoxEvaluator
 
 CLIP_TYPES = ("full_model", "norm", "value")
 OPTIMIZERS = {"AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD}
@@ -55,9 +57,12 @@ class Trainer(DefaultTrainer):
 
     @staticmethod
     def build_checkpointer(cfg: CfgNode, model: nn.Module, **kwargs) -> DetrCheckpointer:
-        """Checkpointer in OUTPUT_DIR that writes the class names of the data sets."""
-        names = cfg.DATASETS.TRAIN or cfg.DATASETS.TEST
-        classes = MetadataCatalog.get(names[0]).get("thing_classes") if names else None
+        """Checkpointer in OUTPUT_DIR that writes the names of the model's classes."""
+        classes = None
+        for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)[:1]:
+            found = coco_set(name)
+            known = MetadataCatalog.get(name).get("thing_classes")
+            classes = found.class_names if found else known
         return DetrCheckpointer(model, cfg.OUTPUT_DIR, class_names=classes, **kwargs)
 
     @classmethod
@@ -118,18 +123,34 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        return build_detection_train_loader(cfg, mapper=DetrDatasetMapper(cfg, is_train=True))
+        records = [record for name in cfg.DATASETS.TRAIN for record in load_records(name)]
+        if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+            records = filter_images_with_only_crowd_annotations(records)
+        mapper = DetrDatasetMapper(cfg, is_train=True)
+        return build_detection_train_loader(cfg, mapper=mapper, dataset=records)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
         return build_detection_test_loader(
-            cfg, dataset_name, mapper=DetrDatasetMapper(cfg, is_train=False)
+            load_records(dataset_name),
+            mapper=DetrDatasetMapper(cfg, is_train=False),
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
         )
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """COCO's AP of boxes, with ``TEST.DETECTIONS_PER_IMAGE`` detections an image."""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-        return COCOEvaluator(dataset_name, tasks=("bbox",), output_dir=folder)
+        found = coco_set(dataset_name)
+        if found is None:
+            return COCOEvaluator(dataset_name, tasks=("bbox",), output_dir=folder)
+        return CocoBoxEvaluator(
+            dataset_name,
+            found.annotations.as_coco(),
+            found.category_ids,
+            max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+            output_dir=folder,
+        )
 
     def run_step(self) -> None:
         self._step_is_done = False

@@ -70,7 +70,9 @@ def read_annotations(source: CocoSource, crowds_are_objects: bool = False) -> Co
         changes=changes,
     )
     if any(stored):
-        turned = np.array([header.orientation if s else 1 for header, s in zip(headers, stored)])
+        turned = np.array(
+            [header.orientation if s else 1 for header, s in zip(headers, stored, strict=True)]
+        )
         width, height = np.array([header[:2] for header in headers]).T
         result.boxes = turn_boxes(
             result.boxes, turned[image_index], width[image_index], height[image_index]
@@ -115,7 +117,7 @@ def check_objects(annotations: CocoAnnotations, *, training: bool, max_objects: 
         purpose = "to train on" if training else "to evaluate on: no AP can be computed"
         if annotations.crowd.any():
             raise UserError(
-                f"{source}: there is nothing {purpose}: all {annotations.crowd.sum()} annotations "
+                f"{source}: there is nothing {purpose}: all annotations ({annotations.crowd.sum()}) "
                 'are of crowds ("iscrowd": 1), as CVAT and Datumaro mark masks. If they are '
                 "objects, set DATASETS.CROWDS_ARE_OBJECTS True"
             )
@@ -221,7 +223,9 @@ def _images(
         sizes = [header.upright for header in headers]
     else:
         stored = [False] * len(rows)
-        unknown = [row.file_name for row, size in zip(rows.values(), sizes) if size is None]
+        unknown = [
+            row.file_name for row, size in zip(rows.values(), sizes, strict=True) if size is None
+        ]
         if unknown:
             raise UserError(
                 f"{source}: {len(unknown)} of {len(rows)} images have no 'width' and 'height', "
