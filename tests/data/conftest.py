@@ -85,6 +85,7 @@ def clean_catalogs():
     functions, metadata = dict(DatasetCatalog.data), set(MetadataCatalog.data)
     yield
     datasets._declared.clear()
+    datasets._read.clear()
     DatasetCatalog.data.clear()
     DatasetCatalog.data.update(functions)
     for name in set(MetadataCatalog.data) - metadata:
