@@ -3,9 +3,15 @@
 import numpy as np
 import pytest
 from detectron2.data.detection_utils import read_image as detectron2_read_image
-from PIL import Image
+from PIL import Image, ImageCms
 
-from ddetr_d2.data.images import check_image_size, read_image
+from ddetr_d2.data.images import (
+    check_image_size,
+    image_suffixes,
+    is_image,
+    read_image,
+    readable_formats,
+)
 from ddetr_d2.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -30,6 +36,60 @@ def test_cmyk(tmp_path):
     flat = Image.new("RGB", (20, 30), (200, 30, 60)).convert("CMYK")
     image = read_image(saved(tmp_path, flat, "image.jpg"))
     assert np.abs(image.astype(int) - (200, 30, 60)).max() < 8
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "LAB", "1", "L", "P"])
+def test_colour_spaces_as_detectron2_reads_them(tmp_path, mode):
+    image = Image.fromarray(RGB)
+    if mode == "LAB":
+        spaces = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        image = ImageCms.profileToProfile(image, *spaces, outputMode="LAB")
+    path = saved(tmp_path, image.convert(mode), "image.tif")
+    assert Image.open(path).mode == mode
+    np.testing.assert_array_equal(read_image(path), detectron2_read_image(str(path), "RGB"))
+
+
+@pytest.mark.parametrize(
+    "name, format",
+    [
+        ("a.jfif", "JPEG"),
+        ("a.jpe", "JPEG"),
+        ("a.mpo", "MPO"),
+        ("a.gif", "GIF"),
+        ("a.avif", "AVIF"),
+        ("a.jp2", "JPEG2000"),
+        ("a.tga", "TGA"),
+        ("a.ico", "ICO"),
+        ("a.pcx", "PCX"),
+        ("a.dds", "DDS"),
+        ("a.sgi", "SGI"),
+        ("a.xbm", "XBM"),
+        ("a.qoi", "QOI"),
+        ("a.webp", "WEBP"),
+        ("a.pnm", "PPM"),
+    ],
+)
+def test_formats(tmp_path, name, format):
+    image = Image.new("1" if format == "XBM" else "RGB", (32, 32), 1)
+    path = saved(tmp_path, image, name, format=format)
+    assert path.suffix in image_suffixes()
+    assert read_image(path).shape == (32, 32, 3)
+    assert is_image(path) == (format != "TGA")  # which has no signature
+
+
+def test_suffixes_are_those_of_what_can_be_decoded():
+    assert {".jpg", ".png", ".tif", ".bmp", ".psd", ".fits", ".j2k"} < image_suffixes()
+    # Recognised by Pillow, or written by it, but not decoded.
+    assert not {".pdf", ".eps", ".mpg", ".h5", ".wmf", ".grib", ".palm"} & image_suffixes()
+
+
+def test_contents_of_files_with_other_suffixes(tmp_path):
+    assert is_image(saved(tmp_path, Image.fromarray(RGB), "image", format="PNG"))
+    for content in (b"", b"text", b"%PDF-1.7", b"%!PS-Adobe-3.0 EPSF-3.0", bytes(1000)):
+        (tmp_path / "other").write_bytes(content)
+        assert not is_image(tmp_path / "other")
+    assert not is_image(tmp_path / "missing")
+    assert not is_image(tmp_path)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -80,6 +140,33 @@ def test_cut_short(tmp_path, suffix, part):
     path.write_bytes(content[: int(len(content) * part)])
     with pytest.raises(UserError, match=str(path)):
         read_image(path)
+
+
+@pytest.mark.parametrize("format", [f for f in readable_formats() if f in Image.SAVE])
+def test_damaged(tmp_path, format):
+    """Files with wrong bytes are read or refused with a :class:`UserError`."""
+    rng = np.random.default_rng(0)
+    mode = {"BLP": "P", "MSP": "1", "XBM": "1"}.get(format, "RGB")
+    path = saved(tmp_path, Image.fromarray(RGB).convert(mode), "image", format=format)
+    content = np.frombuffer(path.read_bytes(), np.uint8)
+    for _ in range(20):
+        damaged = content.copy()
+        positions = rng.integers(0, min(len(content), int(rng.choice([20, 200, 2000]))), 3)
+        damaged[positions] = rng.choice([0, 255, *rng.integers(0, 256, 3)], 3)
+        path.write_bytes(damaged[: rng.integers(1, 2 * len(content))])
+        try:
+            pixels = read_image(path)
+        except UserError as error:
+            assert str(path) in str(error)
+        else:
+            assert pixels.dtype == np.uint8 and pixels.shape[2] == 3
+
+
+def test_too_many_pixels(tmp_path):
+    (tmp_path / "huge.pbm").write_bytes(b"P4 20000 20000 ")
+    assert is_image(tmp_path / "huge.pbm")
+    with pytest.raises(UserError, match="huge.pbm is too large"):
+        read_image(tmp_path / "huge.pbm")
 
 
 def test_missing_empty_and_no_image(tmp_path):
