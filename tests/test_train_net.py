@@ -196,9 +196,48 @@ def test_detector_weights_start_a_detector_of_other_classes(train_net, shapes, t
     weights = ["MODEL.WEIGHTS", str(trained)]
     run = train_net(*config("deformable_detr_refine"), *options, *weights, "SOLVER.MAX_ITER", "1")
     assert run.returncode == 0, run.stderr
-    assert "class heads start anew" in run.stdout
+    assert "0 keep their heads (none), 2 start anew (round, angular)" in run.stdout
     run = train_net(*config("deformable_detr_refine"), "--eval-only", *options, *weights)
-    assert_user_error(run, "differ in shape")
+    assert_user_error(run, "no class in common", "round, angular", "circle, square")
+
+
+def test_evaluation_matches_classes_by_name(train_net, shapes, shapes_opts, trained, tmp_path):
+    """Renumbered and reordered classes, and one less: the same AP of every class."""
+    content = json.loads((shapes / "val.json").read_text())
+    used = {a["category_id"] for a in content["annotations"]}
+    content["categories"] = [
+        {"id": 20 - c["id"], "name": c["name"]} for c in content["categories"] if c["id"] in used
+    ]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = 20 - annotation["category_id"]
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    outputs = []
+    for folder in (shapes, tmp_path):
+        opts = [
+            option.replace(str(shapes / "val.json"), str(folder / "val.json"))
+            for option in shapes_opts
+        ]
+        run = train_net(
+            *config("deformable_detr_refine"), "--eval-only", *TINY, *opts,
+            "MODEL.WEIGHTS", str(trained), "OUTPUT_DIR", str(tmp_path / folder.name),
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+        results = json.loads(
+            (tmp_path / folder.name / "inference/tiny_val/coco_instances_results.json").read_text()
+        )
+        number = {
+            c["id"]: c["name"] for c in json.loads((folder / "val.json").read_text())["categories"]
+        }
+        kept = {number[c] for c in number}
+        outputs.append(
+            (
+                ap(run.stdout),
+                sorted((number.get(r["category_id"]), r["score"], r["image_id"]) for r in results),
+            )
+        )
+    (first, all_results), (second, some) = outputs
+    assert first == second
+    assert some == [result for result in all_results if result[0] in kept]
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])

@@ -63,11 +63,7 @@ def register_datasets(cfg: CfgNode, model_classes: Sequence[str] | None = None) 
         UserError: no data set is named, a declaration is malformed, a name is not registered, a
             data set cannot be used, or one has no class in common with the model.
     """
-    _register_declared(cfg.DATASETS.COCO_FORMAT)
-    for key in ("TRAIN", "TEST"):
-        for name in cfg.DATASETS[key]:
-            if name not in DatasetCatalog:
-                raise UserError(f"DATASETS.{key} names {name!r}, {_not_registered(name)}")
+    _register_declared(cfg)
     names = list(dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)))
     if not names:
         raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty: name a data set")
@@ -131,21 +127,21 @@ def data_set_classes(cfg: CfgNode) -> list[str] | None:
     Image folders need not be there, nor the files of a set that is not asked.
 
     Raises:
-        UserError: a declaration is malformed, or an annotation file cannot be read.
+        UserError: a declaration is malformed, a name is not registered, or an annotation file
+            cannot be read.
     """
-    _register_declared(cfg.DATASETS.COCO_FORMAT)
+    _register_declared(cfg)
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        if name not in DatasetCatalog:
-            continue
         known = MetadataCatalog.get(name).get("thing_classes")
         if known or _is_coco(name):
             return list(known) if known else read_class_names(_source(name))
     return None
 
 
-def _register_declared(declarations: Sequence) -> None:
+def _register_declared(cfg: CfgNode) -> None:
+    """Register ``cfg.DATASETS.COCO_FORMAT``, and check that the data sets named are registered."""
     names = set()
-    for entry in declarations:
+    for entry in cfg.DATASETS.COCO_FORMAT:
         if (
             not isinstance(entry, list | tuple)
             or len(entry) != 3
@@ -175,6 +171,13 @@ def _register_declared(declarations: Sequence) -> None:
         MetadataCatalog.get(name).set(
             json_file=json_file, image_root=image_root, evaluator_type="coco"
         )
+    for key in ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[key]:
+            if name not in DatasetCatalog:
+                raise UserError(
+                    f"DATASETS.{key} names {name!r}, which is not a known data set: declare it in "
+                    f"DATASETS.COCO_FORMAT{nearest(name, DatasetCatalog) or '.'}"
+                )
 
 
 def _load_declared(name: str) -> list[dict]:
@@ -184,13 +187,6 @@ def _load_declared(name: str) -> list[dict]:
     annotations = read_annotations(_declared[name])
     names = list(annotations.categories.values())
     return CocoSet(annotations, names, list(annotations.categories)).records()
-
-
-def _not_registered(name: str) -> str:
-    return (
-        "which is not a known data set: declare it in DATASETS.COCO_FORMAT"
-        f"{nearest(name, DatasetCatalog) or '.'}"
-    )
 
 
 def _is_coco(name: str) -> bool:

@@ -46,6 +46,58 @@ def test_class_names_travel_with_the_weights(tmp_path):
         assert torch.equal(a, b)
 
 
+def class_heads(model):
+    """Weights and biases of the class heads, those of the decoder and those of the proposals."""
+    state = model.state_dict()
+    heads = {name: tensor for name, tensor in state.items() if "class_embed" in name}
+    return (
+        {name: x for name, x in heads.items() if ".decoder." in name},
+        {name: x for name, x in heads.items() if ".queries." in name},
+    )
+
+
+def test_training_from_other_classes_keeps_the_heads_of_the_same_names(tmp_path, caplog):
+    variant = "deformable_detr_refine_two_stage"
+    source, target = build(variant=variant), build(variant=variant)
+    torch.nn.init.normal_(source.transformer.queries.head.class_embed.bias)
+    DetrCheckpointer(source, str(tmp_path), class_names=["cat", "dog", "cow"]).save("pets")
+    fresh = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    checkpointer = DetrCheckpointer(target, class_names=["dog", "horse", "CAT"])
+    checkpointer.load(str(tmp_path / "pets.pth"), checkpointables=[])
+    assert "2 keep their heads (dog, CAT), 1 start anew (horse)" in caplog.text
+    (given, given_proposals), (decoder, proposals) = class_heads(source), class_heads(target)
+    for name, tensor in decoder.items():
+        assert torch.equal(tensor[0], given[name][1]), name
+        assert torch.equal(tensor[1], fresh[name][1]), name
+        assert torch.equal(tensor[2], given[name][0]), name
+    for name, tensor in proposals.items():  # output 0 says "object"
+        assert torch.equal(tensor[0], given_proposals[name][0]), name
+        assert torch.equal(tensor[1:], fresh[name][1:]), name
+    names = [name for name in target.state_dict() if "class_embed" not in name]
+    assert all(torch.equal(target.state_dict()[n], source.state_dict()[n]) for n in names)
+
+
+def test_more_classes_than_the_weights_have(tmp_path):
+    source, target = build(), build("MODEL.DEFORMABLE_DETR.NUM_CLASSES", "5")
+    DetrCheckpointer(source, str(tmp_path), class_names=["cat", "dog", "cow"]).save("pets")
+    names = ["a", "cow", "b", "dog", "c"]
+    DetrCheckpointer(target, class_names=names).load(str(tmp_path / "pets.pth"), checkpointables=[])
+    (given, _), (decoder, _) = class_heads(source), class_heads(target)
+    for name, tensor in decoder.items():
+        assert torch.equal(tensor[[1, 3]], given[name][[2, 1]]), name
+
+
+def test_a_run_is_resumed_with_its_classes(tmp_path):
+    DetrCheckpointer(build(), str(tmp_path), class_names=["cat", "dog", "cow"]).save("pets")
+    for names in (["dog", "cat", "cow"], ["cat", "dog", "sheep"]):
+        checkpointer = DetrCheckpointer(build(), str(tmp_path), class_names=names)
+        with pytest.raises(UserError, match="was trained on the classes cat, dog, cow, but"):
+            checkpointer.resume_or_load("", resume=True)
+    DetrCheckpointer(build(), str(tmp_path), class_names=["cat", "dog", "cow"]).resume_or_load(
+        "", resume=True
+    )
+
+
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
 def test_imagenet_backbone(norm, tmp_path):
     source = build("MODEL.RESNETS.NORM", norm)
