@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -11,12 +12,11 @@ import numpy as np
 from pycocotools import mask
 
 from .annotations import LeftOut
-from .rows import AnnotationRow
+from .rows import AnnotationRow, short
 
-_CROWD: dict[Any, bool] = {  # 0.0 and False are found as 0
-    None: False, 0: False, "": False, "0": False, "false": False, "no": False,
-    1: True, "1": True, "true": True, "yes": True,
-}  # fmt: skip
+# Numbers in pycocotools' compressed masks: characters of 5 bits each, of which all but a number's
+# last one have a sixth bit set. Where that runs on to the end, pycocotools reads on behind it.
+_COMPRESSED = re.compile("([P-o]{0,6}[0-O])*")
 
 
 def read_boxes(rows: Sequence[AnnotationRow], changes: Counter[str]) -> np.ndarray:
@@ -47,7 +47,7 @@ def _four_numbers(value: Any) -> Sequence[float]:
 def number(value: Any) -> float:
     """A number, or a text that says one, as float; NaN for everything else."""
     try:
-        return math.nan if value is None or isinstance(value, bool) else float(value)
+        return float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan
 
@@ -77,7 +77,9 @@ def _box_of_mask(value: dict) -> list[float] | None:
             return None
         value = mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
     else:
-        value = {"size": [height, width], "counts": str(counts).encode()}
+        if not _COMPRESSED.fullmatch(counts):
+            return None
+        value = {"size": [height, width], "counts": counts.encode()}
     return mask.toBbox(value).tolist()
 
 
@@ -109,14 +111,10 @@ def read_crowds(rows: Sequence[AnnotationRow], changes: Counter[str]) -> np.ndar
 def _flag(value: Any, name: str, changes: Counter[str]) -> bool:
     if type(value) is not int and (value is not None or name == "iscrowd"):
         changes[f"values of {name!r} absent or no number, taken as 0 or 1"] += 1
-    if isinstance(value, str):
-        value = value.strip().lower()
-    try:
-        flag = _CROWD.get(value)
-    except TypeError:
-        flag = None
-    if flag is None:
-        flag = bool(value) if isinstance(value, int | float) and value == value else False
+    if isinstance(value, str) and value.strip().lower() in ("true", "yes"):
+        flag = True
+    else:
+        flag = abs(number(value)) > 0  # NaN is not
     if flag and name == "ignore":
         changes["annotations with 'ignore' set taken as crowds"] += 1
     return flag
@@ -125,11 +123,13 @@ def _flag(value: Any, name: str, changes: Counter[str]) -> bool:
 def usable(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Which boxes (B, 4) can be trained on and evaluated in images of ``sizes`` (B, 2), and
     which cannot, by reason; (B,) bool each."""
-    x, y, width, height = boxes.T
-    finite = np.isfinite(boxes).all(axis=1)
-    with np.errstate(invalid="ignore"):
-        filled = (width > 0) & (height > 0)
-        inside = (x < sizes[:, 0]) & (y < sizes[:, 1]) & (x + width > 0) & (y + height > 0)
+    # In 32 bits, as the model has them: they can be infinite or empty there only.
+    with np.errstate(over="ignore", invalid="ignore"):
+        low = boxes[:, :2].astype(np.float32)
+        high = (boxes[:, :2] + boxes[:, 2:]).astype(np.float32)
+        finite = np.isfinite(boxes).all(axis=1) & np.isfinite(low + high).all(axis=1)
+        filled = (low < high).all(axis=1)
+        inside = ((low < sizes) & (high > 0)).all(axis=1)
     reasons = {
         "are no four finite numbers": ~finite,
         "are empty": finite & ~filled,
@@ -153,6 +153,6 @@ def left_out(
         indices = np.flatnonzero(holds)
         if len(indices):
             row = rows[indices[0]]
-            words = f"annotation {row.id!r}, {row.bbox!r} in image {images[indices[0]]}"
+            words = f"annotation {short(row.id)}, {short(row.bbox)} in image {images[indices[0]]}"
             result[reason] = LeftOut(len(indices), words)
     return result

@@ -9,9 +9,11 @@ import numpy as np
 
 from ...errors import UserError
 from .annotations import Id
-from .rows import AnnotationRow, CategoryRow, CocoSource, ImageRow, short
+from .rows import AnnotationRow, CategoryRow, CocoSource, ImageRow, short, shown
 
-_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)")
+# Longer texts of digits are no numbers that anybody counts with, and Python refuses 4,300 of them.
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,99})")
+_SPELT_NUMBER = re.compile(r"0*([0-9]{1,100})(\.0+)?")
 REPEATED = "repeated rows of {!r} taken once"
 
 
@@ -33,19 +35,19 @@ def find_ids(values: Iterable[Any], known: Mapping[Id, int], changes: Counter[st
     """
     found = []
     texts = 0
-    loose: dict[int, int] | None = None
+    loose: dict[int | None, int] | None = None
     for value in values:
         try:
-            index = known.get(value)
+            index = None if isinstance(value, bool) else known.get(value)  # True would be 1
         except TypeError:  # a list or an object
             index = None
         if index is None:
             key = normal_id(value)
             index = None if key is None else known.get(key)
-            if index is None and (isinstance(key, int) or (key and key.isdecimal())):
+            if index is None and key is not None:
                 # "007" is 7, unless there is something else of that number.
                 loose = _by_number(known) if loose is None else loose
-                index = loose.get(int(key))
+                index = loose.get(_spelt_number(key))
             if index is None:
                 index = -1
             else:
@@ -56,11 +58,23 @@ def find_ids(values: Iterable[Any], known: Mapping[Id, int], changes: Counter[st
     return np.array(found, dtype=np.int64)
 
 
-def _by_number(known: Mapping[Id, int]) -> dict[int, int]:
+def _by_number(known: Mapping[Id, int]) -> dict[int | None, int]:
     """``known`` by the numbers that its ids say, where but one says it."""
-    numbers = {id: int(id) for id in known if isinstance(id, int) or id.isdecimal()}
+    numbers = {id: _spelt_number(id) for id in known}
     times = Counter(numbers.values())
-    return {number: known[id] for id, number in numbers.items() if times[number] == 1}
+    return {
+        number: known[id]
+        for id, number in numbers.items()
+        if number is not None and times[number] == 1
+    }
+
+
+def _spelt_number(id: Id) -> int | None:
+    """The number that an id says in any spelling, such as "007" and "7.0"; None for other texts."""
+    if isinstance(id, int):
+        return id
+    match = _SPELT_NUMBER.fullmatch(id)
+    return int(match[1]) if match else None
 
 
 def unique_images(
@@ -78,7 +92,7 @@ def unique_images(
             raise UserError(f"{source}: {_no_id(number, 'images', row)}")
         if not isinstance(row.file_name, str) or not row.file_name.strip():
             raise UserError(
-                f"{source}: entry {number} of 'images' (id {row.id!r}) has no file name: "
+                f"{source}: entry {number} of 'images' (id {short(row.id)}) has no file name: "
                 f"'file_name' is {short(row.file_name)}"
             )
         first = images.setdefault(key, row)
@@ -97,7 +111,7 @@ def unique_images(
 
 
 def _image(row: ImageRow) -> str:
-    return f"{row.id!r} is {row.file_name} ({row.width} x {row.height})"
+    return f"{short(row.id)} is {shown(row.file_name)} ({short(row.width)} x {short(row.height)})"
 
 
 def _no_id(number: int, kind: str, row: ImageRow | CategoryRow) -> str:
@@ -132,14 +146,14 @@ def unique_categories(
         key = normal_id(row.id)
         if key is None:
             raise UserError(f"{source}: {_no_id(number, 'categories', row)}")
-        name = " ".join(str(row.name).split()) if isinstance(row.name, str | int | float) else ""
+        name = _class_name(row.name)
         if not name:
-            name = str(key)
+            name = f"category {key}"
             changes["categories without a name, called by their ids"] += 1
         if names.setdefault(key, name) != name:
             raise UserError(
-                f"{source}: one id stands for two classes: {categories[key].id!r} is "
-                f"{names[key]!r} and {row.id!r} is {name!r} in 'categories'"
+                f"{source}: one id stands for two classes: {short(categories[key].id)} "
+                f"is {names[key]!r} and {short(row.id)} is {name!r} in 'categories'"
             )
         categories.setdefault(key, row)
     if not names:
@@ -153,6 +167,12 @@ def unique_categories(
             kept
         )
     return {id: names[id] for id in kept}, same
+
+
+def _class_name(value: Any) -> str:
+    name = " ".join(str(value).split()) if isinstance(value, str | int | float) else ""
+    # Half of a surrogate pair ("\\ud83d" in the file) can be neither printed nor written.
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _merge_names(
@@ -188,21 +208,26 @@ def unrepeated(rows: Sequence[AnnotationRow], changes: Counter[str]) -> Sequence
 
     One id for two different annotations contradicts nothing, since nothing refers to it.
     """
-    times = Counter(row.id for row in rows if isinstance(row.id, int | str))
-    if all(count == 1 for count in times.values()):
+    ids = [normal_id(row.id) for row in rows]
+    times = Counter(ids)
+    if len(times) == len(rows):
         return rows
-    seen: dict[str, None] = {}
+    seen: set[str] = set()
+    repeated: set[Id] = set()
     kept = []
-    for row in rows:
-        if isinstance(row.id, int | str) and times[row.id] > 1:
-            content = repr((row.id, row.image_id, row.category_id, row.bbox, row.iscrowd))
+    for id, row in zip(ids, rows, strict=True):
+        if id is not None and times[id] > 1:
+            content = repr((id, row.image_id, row.category_id, row.bbox, row.iscrowd))
+            if not row.bbox:  # what is the object then?
+                content += repr(bytes(row.segmentation))
             if content in seen:
                 continue
-            seen[content] = None
+            seen.add(content)
+            repeated.add(id)
         kept.append(row)
     if len(kept) < len(rows):
         changes[REPEATED.format("annotations")] += len(rows) - len(kept)
-    clashes = len(seen) - len({id for id, count in times.items() if count > 1})
+    clashes = len(seen) - len(repeated)
     if clashes:
         changes["annotations have the id of another one; they were numbered anew"] += clashes
     return kept

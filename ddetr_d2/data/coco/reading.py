@@ -1,5 +1,6 @@
 """From a COCO instances file and its image folder to the normal form."""
 
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from .boxes import left_out, number, read_areas, read_boxes, read_crowds, usable
 from .ids import find_ids, unique_categories, unique_images, unrepeated
 from .image_files import ImageHeader, find_image_files, read_headers
 from .orientation import annotated_as_stored, turn_boxes
-from .rows import AnnotationRow, CocoSource, ImageRow, read_rows
+from .rows import AnnotationRow, CocoSource, ImageRow, read_rows, short, shown
 
 _NO_IMAGE = "are of images that are not in 'images'"
 
@@ -117,9 +118,9 @@ def check_objects(annotations: CocoAnnotations, *, training: bool, max_objects: 
         purpose = "to train on" if training else "to evaluate on: no AP can be computed"
         if annotations.crowd.any():
             raise UserError(
-                f"{source}: there is nothing {purpose}: all annotations ({annotations.crowd.sum()}) "
-                'are of crowds ("iscrowd": 1), as CVAT and Datumaro mark masks. If they are '
-                "objects, set DATASETS.CROWDS_ARE_OBJECTS True"
+                f"{source}: there is nothing {purpose}: all annotations "
+                f'({annotations.crowd.sum()}) are of crowds ("iscrowd": 1), as CVAT and Datumaro '
+                "mark masks. If they are objects, set DATASETS.CROWDS_ARE_OBJECTS True"
             )
         reasons = annotations.summary() if annotations.left_out else "it has no annotations"
         raise UserError(
@@ -129,8 +130,8 @@ def check_objects(annotations: CocoAnnotations, *, training: bool, max_objects: 
     if training and most > max_objects:
         image = annotations.images[int(objects.argmax())]
         raise UserError(
-            f"{source}: image {image.file_name} has {most} objects, more than the {max_objects} "
-            f"object queries: set MODEL.DEFORMABLE_DETR.NUM_QUERIES to {most} or more"
+            f"{source}: image {shown(image.file_name)} has {most} objects, more than the "
+            f"{max_objects} object queries: set MODEL.DEFORMABLE_DETR.NUM_QUERIES to {most} or more"
         )
 
 
@@ -147,7 +148,8 @@ def _check_categories(
         more = ", ..." if len(categories) > 10 else ""
         raise UserError(
             f"{source}: {len(unknown)} of {len(rows)} annotations have a category_id that is not "
-            f"in 'categories': the first is {row.category_id!r} of annotation {row.id!r}; "
+            f"in 'categories': the first is {short(row.category_id)} of annotation "
+            f"{short(row.id)}; "
             f"'categories' has {known}{more}"
         )
 
@@ -159,7 +161,7 @@ def _paths(source: CocoSource, names: Sequence[str], changes: Counter[str]) -> l
             f"data set {source.name!r}: image folder {root} does not exist; {source.remedy}"
         )
     paths, changed = find_image_files(root, names)
-    missing = [name for name, path in zip(names, paths, strict=True) if path is None]
+    missing = [shown(name) for name, path in zip(names, paths, strict=True) if path is None]
     if missing:
         raise UserError(
             f"{source}: {len(missing)} of {len(names)} image files are missing from the image "
@@ -176,7 +178,7 @@ def _headers(source: CocoSource, paths: Sequence[str]) -> list[ImageHeader]:
         return []
     headers = read_headers(paths, f"{source.name}: image headers")
     unreadable = [
-        f"{os.path.relpath(path, source.image_root)} ({header.error})"
+        f"{shown(os.path.relpath(path, source.image_root))} ({header.error})"
         for path, header in zip(paths, headers, strict=True)
         if header.error
     ]
@@ -200,7 +202,7 @@ def _images(
     if headers:
         stored = annotated_as_stored(headers, sizes)
         wrong = [
-            f"{row.file_name} is given as {size[0]} x {size[1]} and has "
+            f"{shown(row.file_name)} is given as {size[0]} x {size[1]} and has "
             f"{header.upright[0]} x {header.upright[1]} pixels"
             for row, size, header, as_stored in zip(
                 rows.values(), sizes, headers, stored, strict=True
@@ -224,7 +226,9 @@ def _images(
     else:
         stored = [False] * len(rows)
         unknown = [
-            row.file_name for row, size in zip(rows.values(), sizes, strict=True) if size is None
+            shown(row.file_name)
+            for row, size in zip(rows.values(), sizes, strict=True)
+            if size is None
         ]
         if unknown:
             raise UserError(
@@ -240,7 +244,7 @@ def _images(
 def _size(row: ImageRow) -> tuple[int, int] | None:
     width, height = number(row.width), number(row.height)
     # A size with a fraction agrees with no image file, and is refused with both numbers.
-    return (width, height) if width > 0 and height > 0 else None
+    return (width, height) if 0 < width < math.inf and 0 < height < math.inf else None
 
 
 def _keep_usable(annotations: CocoAnnotations, rows: Sequence[AnnotationRow]) -> np.ndarray:
@@ -255,7 +259,7 @@ def _keep_usable(annotations: CocoAnnotations, rows: Sequence[AnnotationRow]) ->
     orphans = np.flatnonzero(~known)
     if len(orphans):
         row = rows[orphans[0]]
-        first = f"annotation {row.id!r} of image {row.image_id!r}"
+        first = f"annotation {short(row.id)} of image {short(row.image_id)}"
         annotations.left_out[_NO_IMAGE] = LeftOut(len(orphans), first)
     for name in ("image_index", "category_index", "boxes", "crowd"):
         setattr(annotations, name, getattr(annotations, name)[kept])
@@ -273,7 +277,7 @@ class _Names(Sequence[str]):
 
     def __getitem__(self, position: int) -> str:
         image = self._images[self._index[position]]
-        return f"{image.file_name} of {image.width} x {image.height} pixels"
+        return f"{shown(image.file_name)} of {image.width} x {image.height} pixels"
 
 
 def _first(words: Sequence[str]) -> str:

@@ -128,6 +128,8 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def _parse(source: CocoSource, content: bytes) -> Any:
+    if not content.strip():
+        raise UserError(f"{source}: the annotation file is empty")
     try:
         return json.loads(content)
     except json.JSONDecodeError as error:
@@ -137,7 +139,11 @@ def _parse(source: CocoSource, content: bytes) -> Any:
         ) from error
     except UnicodeDecodeError as error:
         raise _no_text(source, error) from error
-    except (RecursionError, ValueError) as error:  # nested too deeply; a number of 5,000 digits
+    except RecursionError as error:
+        raise UserError(
+            f"{source}: the annotation file cannot be read: its lists are nested too deeply"
+        ) from error
+    except ValueError as error:  # a number of 5,000 digits
         raise UserError(f"{source}: the annotation file cannot be read: {error}") from error
 
 
@@ -169,9 +175,16 @@ def _rows_of(source: CocoSource, content: dict, key: str, kind: type[_Row]) -> l
             raise UserError(f"{source}: entry {number} of {key!r} is no object: {short(entry)}")
         fields = {name: entry[name] for name in kind.__struct_fields__ if name in entry}
         if "segmentation" in fields:
-            fields["segmentation"] = msgspec.Raw(json.dumps(fields["segmentation"]).encode())
+            fields["segmentation"] = _as_text(fields["segmentation"])
         rows.append(kind(**fields))
     return rows
+
+
+def _as_text(segmentation: Any) -> msgspec.Raw:
+    try:
+        return msgspec.Raw(json.dumps(segmentation).encode())
+    except RecursionError:  # nested so deeply that it could just be read
+        return msgspec.Raw()
 
 
 def _other_format(content: Any) -> str | None:
@@ -190,6 +203,11 @@ def _other_format(content: Any) -> str | None:
         ):
             return "a project of the VGG Image Annotator: export its annotations as COCO"
     return None
+
+
+def shown(name: str) -> str:
+    """A name for messages of one line: as it is, or in quotes where it cannot be printed."""
+    return name if name.isprintable() else repr(name)
 
 
 def short(value: object) -> str:
