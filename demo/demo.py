@@ -99,11 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.output is None:
         check_windows()
     if args.input:
-        images, problems = find_images(args.input)
+        images, problems, left_out = find_images(args.input)
         if not images:
             raise UserError(f"--input: nothing to detect on: {'; '.join(problems)}")
         for problem in problems:
             print(f"skipped: {problem}", file=sys.stderr)
+        for message in left_out:
+            print(message, file=sys.stderr)
         drawings = None if args.output is None else name_drawings(images, args.output)
         sampling = None
         if show_sampling:

@@ -1,35 +1,52 @@
 """Files that come in, and names for those that go out."""
 
 import glob
+import mimetypes
 import os
 from collections.abc import Sequence
 
 import cv2
 import numpy as np
+from PIL import Image
 
+from ddetr_d2.data.images import image_suffixes, is_image
 from ddetr_d2.errors import UserError
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# What OpenCV writes in colour and without being asked for options.
+DRAWING_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 VIDEO_SUFFIXES = (".avi", ".mkv", ".mov", ".mp4")
+# So many names of files that are left out are shown.
+LISTED = 5
+# Files of file managers, which nobody means; those with a dot in front are hidden as well.
+_HIDDEN_FILES = ("desktop.ini", "thumbs.db")
 
 
-def find_images(patterns: Sequence[str]) -> tuple[list[str], list[str]]:
+def find_images(patterns: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     """Expand files, globs and folders.
 
+    Of a folder the images are taken: by their suffix, or by their contents where the suffix is
+    missing or unknown. Folders in it are not searched.
+
     Returns:
-        the images, each once, and messages on what stands for no image.
+        the images, each once; messages on what stands for no image; and a message for each folder
+        of which something is left out.
     """
     images: list[str] = []
-    problems = []
+    problems, left_out = [], []
     for pattern in patterns:
         path = os.path.expanduser(pattern)
         if os.path.isdir(path):
-            names = sorted(os.listdir(path))
-            found = [os.path.join(path, n) for n in names if n.lower().endswith(IMAGE_SUFFIXES)]
+            try:
+                found, others = _search_folder(path)
+            except OSError as error:
+                problems.append(f"{pattern}: the folder cannot be read: {error.strerror}")
+                continue
             if not found:
                 problems.append(
-                    f"{pattern}: the folder holds no image ({', '.join(IMAGE_SUFFIXES)})"
+                    f"{pattern}: the folder holds no image{_some('; it holds ', others)}"
                 )
+            elif others:
+                left_out.append(f"{pattern}: {_some('left out as no images: ', others)}")
         elif os.path.exists(path):
             found = [path]
         else:
@@ -37,35 +54,82 @@ def find_images(patterns: Sequence[str]) -> tuple[list[str], list[str]]:
             if not found:
                 problems.append(f"{pattern}: no such file")
         images.extend(found)
-    return list(dict.fromkeys(images)), problems
+    return list(dict.fromkeys(images)), problems, left_out
+
+
+def _search_folder(folder: str) -> tuple[list[str], list[str]]:
+    """Paths of the images in a folder, and names of what else is there."""
+    images, others = [], []
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        if name.startswith(".") or name.lower() in _HIDDEN_FILES:
+            continue
+        if os.path.isdir(path):
+            others.append(name + os.sep)
+        elif _is_image_file(path):
+            images.append(path)
+        else:
+            others.append(name)
+    return images, others
+
+
+def _is_image_file(path: str) -> bool:
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or the like
+        return False
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in image_suffixes():
+        return True
+    kind = mimetypes.guess_type("name" + suffix)[0]
+    known_as_other = kind is not None and not kind.startswith("image/")
+    return not known_as_other and is_image(path)
+
+
+def _some(start: str, names: Sequence[str]) -> str:
+    """``start`` and the first of the names, with the number of all if there are more."""
+    if not names:
+        return ""
+    more = len(names) - LISTED
+    return start + ", ".join(names[:LISTED]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def name_drawings(images: Sequence[str], output: str) -> list[str]:
     """Choose a file for each image's drawing and create the folder.
 
     ``output`` is a file if it looks like an image and there is one input, else a folder. Drawings
-    have the names of their images; where two would be the same, the later ones get a number.
+    have the names of their images, with .png behind them if their own kind is not written; where
+    two would be the same, the later ones get a number.
 
     Raises:
-        UserError: if a drawing would replace an input, or the folder cannot be made.
+        UserError: if a drawing would replace an input, is of a kind that is not written, or the
+            folder cannot be made.
     """
-    to_file = output.lower().endswith(IMAGE_SUFFIXES) and not os.path.isdir(output)
+    to_file = _is_image_name(output) and not os.path.isdir(output)
     if to_file:
         if len(images) > 1:
             raise UserError(
                 f"--output {output} is one file, but there are {len(images)} images; give a folder."
+            )
+        if not output.lower().endswith(DRAWING_SUFFIXES):
+            raise UserError(
+                f"--output {output}: drawings are not written in this format; give a folder or a "
+                f"name that ends in {', '.join(DRAWING_SUFFIXES)}."
             )
         drawings = [output]
     else:
         drawings, taken = [], set()
         for image in images:
             stem, suffix = os.path.splitext(os.path.basename(image))
-            if suffix.lower() not in IMAGE_SUFFIXES:  # OpenCV cannot write it
+            if suffix.lower() not in DRAWING_SUFFIXES:
                 stem, suffix = stem + suffix, ".png"
             drawings.append(_unused(os.path.join(output, stem), suffix, taken))
     _check_inputs_stay(images, drawings, output)
     _make_folder(os.path.dirname(output) if to_file else output)
     return drawings
+
+
+def _is_image_name(path: str) -> bool:
+    suffix = os.path.splitext(path)[1].lower()
+    return suffix in DRAWING_SUFFIXES or suffix in Image.registered_extensions()
 
 
 def name_samplings(images: Sequence[str], drawings: Sequence[str], output: str) -> list[str]:
@@ -74,7 +138,7 @@ def name_samplings(images: Sequence[str], drawings: Sequence[str], output: str) 
     Raises:
         UserError: if a picture would replace an input.
     """
-    taken = set(drawings)
+    taken = {drawing.lower() for drawing in drawings}
     stems = [os.path.splitext(drawing)[0] for drawing in drawings]
     samplings = [_unused(f"{stem}_sampling", ".png", taken) for stem in stems]
     _check_inputs_stay(images, samplings, output)
@@ -82,12 +146,15 @@ def name_samplings(images: Sequence[str], drawings: Sequence[str], output: str) 
 
 
 def _unused(stem: str, suffix: str, taken: set[str]) -> str:
-    """Take ``stem`` with ``suffix``, with a number between them if that name is taken."""
+    """Take ``stem`` with ``suffix``, with a number between them if that name is taken.
+
+    Names that differ in case only are the same file on some systems.
+    """
     path, number = stem + suffix, 1
-    while path in taken:
+    while path.lower() in taken:
         number += 1
         path = f"{stem}_{number}{suffix}"
-    taken.add(path)
+    taken.add(path.lower())
     return path
 
 

@@ -18,7 +18,7 @@ from window import show
 
 from ddetr_d2.data import read_image
 from ddetr_d2.errors import UserError
-from ddetr_d2.visualization import SamplingRecorder, draw_sampling
+from ddetr_d2.visualization import SamplingRecorder, draw_sampling, set_label_fonts
 
 # Smaller images are enlarged to this length of the longer side before labels are drawn.
 MIN_DRAWING_SIZE = 800  # pixels
@@ -36,7 +36,9 @@ def draw(image: np.ndarray, instances: Instances, metadata: Metadata) -> np.ndar
     visualizer = Visualizer(image[:, :, ::-1], metadata, scale, ColorMode.SEGMENTATION)
     # Detectron2's smallest size is too small to read on an object of few pixels.
     visualizer._default_font_size = max(visualizer._default_font_size, MIN_FONT_SIZE / scale)
-    return visualizer.draw_instance_predictions(instances).get_image()[:, :, ::-1]
+    drawing = visualizer.draw_instance_predictions(instances)
+    set_label_fonts(drawing.ax.texts)
+    return drawing.get_image()[:, :, ::-1]
 
 
 def run_on_images(

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from window import show
 
 from ddetr_d2.errors import UserError
+from ddetr_d2.visualization import set_label_fonts
 
 
 def run_on_video(
@@ -32,6 +33,7 @@ def run_on_video(
         for frame in tqdm(_frames(video), total=number, unit="frame"):
             instances = detect(predictor, frame, threshold)
             drawing = visualizer.draw_instance_predictions(frame[:, :, ::-1], instances)
+            set_label_fonts(drawing.ax.texts)
             drawing = np.ascontiguousarray(drawing.get_image()[:, :, ::-1])
             if output is None:
                 if not show(drawing, wait=1):

@@ -1,6 +1,8 @@
 """demo/demo.py with a tiny detector of random weights."""
 
+import os
 import sys
+import warnings
 from pathlib import Path
 
 import cv2
@@ -19,6 +21,7 @@ from ddetr_d2.errors import UserError, exit_on_user_error
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "demo"))  # as Python does for the program
 
+import files as files_of_the_demo  # noqa: E402
 import images  # noqa: E402
 import predictor  # noqa: E402
 import window  # noqa: E402
@@ -119,6 +122,86 @@ def test_unreadable_inputs_are_named_and_skipped(arguments, tmp_path, capsys):
     assert out.is_file()
 
 
+def found(*patterns):
+    """What is found, by the names of the files."""
+    images, problems, left_out = files_of_the_demo.find_images([str(p) for p in patterns])
+    return [Path(image).name for image in images], problems, left_out
+
+
+def test_a_folders_images_of_every_format(tmp_path):
+    names = ["a.jfif", "b.jpe", "c.GIF", "d.avif", "e.jp2", "f.tga", "g.ico", "h.pcx", "i.mpo"]
+    for name in names:
+        write_image(tmp_path / name)
+    for name in ("without_suffix", "x.2024-01-01"):
+        write_image(tmp_path / "x.png").rename(tmp_path / name)
+    for name in (".hidden.jpg", "Thumbs.db", "desktop.ini"):
+        (tmp_path / name).write_text("")
+    assert found(tmp_path) == ([*names, "without_suffix", "x.2024-01-01"], [], [])
+
+
+def test_what_is_left_out_of_a_folder_is_named_in_one_line(tmp_path):
+    write_image(tmp_path / "image.png")
+    (tmp_path / "folder.jpg").mkdir()
+    os.mkfifo(tmp_path / "a.png")
+    for i in range(1000):
+        (tmp_path / f"{i:03}.txt").write_text("no image")
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    images, problems, [message] = found(tmp_path)
+    assert images == ["image.png"] and not problems
+    assert "000.txt, 001.txt, 002.txt, 003.txt, 004.txt and 998 more" in message
+
+    for path in tmp_path.glob("*.txt"):
+        path.unlink()
+    _, _, [message] = found(tmp_path)
+    assert message.endswith("a.heic, a.png, folder.jpg/")
+
+    (tmp_path / "image.png").unlink()
+    images, [message], left_out = found(tmp_path)
+    assert not images and not left_out
+    assert message.endswith("the folder holds no image; it holds a.heic, a.png, folder.jpg/")
+
+
+def test_a_folder_with_other_files(arguments, tmp_path, capsys):
+    write_image(tmp_path / "a" / "x.jfif")
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    args = arguments("--input", tmp_path / "a", "--output", tmp_path / "out")
+    assert demo.main(args) == 0
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["x.jfif.png"]
+    assert "a: left out as no images: notes.txt\n" in capsys.readouterr().err
+
+
+def test_names_of_drawings(tmp_path):
+    out = str(tmp_path / "out")
+    images = ["a/x.jpg", "b/x.jpg", "a/x.gif", "a/x.gif.png", "a/X.JPG", "a/noname"]
+    drawings = files_of_the_demo.name_drawings(images, out)
+    names = [os.path.relpath(drawing, out) for drawing in drawings]
+    assert names == ["x.jpg", "x_2.jpg", "x.gif.png", "x.gif_2.png", "X_3.JPG", "noname.png"]
+    for name in names:
+        path = os.path.join(out, name)
+        files_of_the_demo.write_image(path, np.full((20, 30, 3), (0, 0, 200), np.uint8))
+        assert abs(cv2.imread(path)[10, 10].astype(int) - (0, 0, 200)).max() < 8
+
+
+def test_broken_inputs_of_every_kind_are_skipped(arguments, tmp_path, capsys):
+    write_image(tmp_path / "a" / "good.png")
+    (tmp_path / "a" / "empty.png").write_bytes(b"")
+    (tmp_path / "a" / "huge.pbm").write_bytes(b"P4 20000 20000 ")
+    (tmp_path / "a" / "text.gif").write_text("no image")
+    (tmp_path / "a" / "link.jpg").symlink_to(tmp_path / "missing")
+    (tmp_path / "x.jpg").mkdir()
+    document = tmp_path / "document.pdf"
+    document.write_bytes(b"%PDF-1.7")
+    args = ["--input", tmp_path / "a", tmp_path / "x.jpg", document, "--output", tmp_path / "out"]
+
+    assert demo.main(arguments(*args)) == 1
+
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["good.png"]
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("skipped: ")]
+    for name in ("empty.png", "huge.pbm", "text.gif", "link.jpg", "x.jpg", "document.pdf"):
+        assert sum(name in line for line in lines) == 1
+    assert len(lines) == 6
+
+
 @pytest.mark.parametrize(
     "mode, values", [("L", np.uint8), ("RGBA", np.uint8), ("I;16", np.uint16), ("P", None)]
 )
@@ -199,6 +282,32 @@ def test_labels_say_class_and_score(monkeypatch):
     assert drawing.max() > 0
 
 
+@pytest.mark.parametrize("video", [False, True])
+def test_class_names_in_any_script(arguments, tmp_path, monkeypatch, video):
+    """Matplotlib warns of letters that it has no font for."""
+    metadata = Metadata(thing_classes=["三角形 $x$ \n"], thing_colors=[[255, 0, 0]])
+    monkeypatch.setattr(demo, "load_model", lambda *_: (None, metadata))
+    instances = Instances(
+        (40, 60),
+        pred_boxes=Boxes(torch.tensor([[5.0, 5.0, 25.0, 30.0]])),
+        scores=torch.tensor([0.87]),
+        pred_classes=torch.tensor([0]),
+    )
+    for module in (images, sys.modules["video"]):
+        monkeypatch.setattr(module, "detect", lambda *_: instances)
+    if video:
+        source = tmp_path / "clip.avi"
+        writer = cv2.VideoWriter(str(source), cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 48))
+        writer.write(np.zeros((48, 64, 3), np.uint8))
+        writer.release()
+        inputs = ["--video-input", source]
+    else:
+        inputs = ["--input", write_image(tmp_path / "image.png")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert demo.main(arguments(*inputs, "--output", tmp_path / "out")) == 0
+
+
 def test_video(arguments, tmp_path):
     source = tmp_path / "clip.avi"
     writer = cv2.VideoWriter(str(source), cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 48))
@@ -221,6 +330,7 @@ def test_video(arguments, tmp_path):
         ("holds no image", ["--input", "{}", "--output", "{}/out"], []),
         ("there are 2 images", ["--input", "{}/images", "--output", "{}/out.png"], []),
         ("would replace the input", ["--input", "{}/images", "--output", "{}/images"], []),
+        ("not written in this", ["--input", "{}/images/a.png", "--output", "{}/o.gif"], []),
         ("cannot create", ["--input", "{}/images", "--output", "{}/text.avi/out"], []),
         ("no display", ["--input", "{}/images"], []),
         ("is no score", ["--webcam", "--output", "{}", "--confidence-threshold", "1.5"], []),

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from .labels import set_label_fonts
 from .sampling import SamplingPoints
 
 PANEL_SIZE = 5.0  # inches, the longer side
@@ -109,7 +110,7 @@ def _draw_panel(axes: Axes, image: np.ndarray, panel: SamplingPanel, aspect: flo
     axes.set_xlim(low[0], high[0])
     axes.set_ylim(high[1], low[1])
     axes.set_facecolor("0.85")
-    axes.set_title(panel.title, fontsize=11, parse_math=False)  # names may hold a $
+    set_label_fonts([axes.set_title(panel.title, fontsize=11)])
     axes.tick_params(labelsize=8)
     hidden = weights[((locations < low) | (locations > high)).any(1)].sum() / weights.sum()
     if hidden >= 0.005:
