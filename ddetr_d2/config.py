@@ -33,6 +33,13 @@ def add_deformable_detr_config(cfg: CN) -> None:
     node.WITH_BOX_REFINE = False
     # Queries from the encoder's proposals instead of learned ones.
     node.TWO_STAGE = False
+    # Encoder layers, and decoder layers, start as copies of one another instead of being drawn one
+    # by one; so do the heads of models with box refinement or two stages.
+    node.LAYERS_START_EQUAL = False
+    node.HEADS_START_EQUAL = False
+    # References are kept this far from 0 and 1 before the inverse sigmoid: 1e-5 in the reference
+    # implementation, 1e-3 in detrex.
+    node.INVERSE_SIGMOID_EPS = 1e-5
     # Weights of the terms, in the loss and in the matching cost alike.
     node.CLASS_WEIGHT = 2.0
     node.L1_WEIGHT = 5.0
@@ -43,7 +50,12 @@ def add_deformable_detr_config(cfg: CN) -> None:
 
     # Data sets in COCO format: [name, annotation file, image folder] each.
     cfg.DATASETS.COCO_FORMAT = []
+    # Take annotations with "iscrowd": 1 as ordinary objects: some tools mark all masks so.
+    cfg.DATASETS.CROWDS_ARE_OBJECTS = False
 
+    # How lengths are computed in a resize: "detectron2" rounds, "detr" truncates as the paper's
+    # recipe does. See ddetr_d2.data.augmentation.resized_shape.
+    cfg.INPUT.RESIZE_RULE = "detectron2"
     # Shortest sides before a random crop (INPUT.CROP), one of them chosen at random.
     cfg.INPUT.CROP.MIN_SIZE_TRAIN = (400, 500, 600)
 

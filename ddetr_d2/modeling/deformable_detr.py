@@ -1,5 +1,7 @@
 """The meta-architecture: images in, losses or detections out."""
 
+from collections.abc import Sequence
+
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -94,23 +96,31 @@ class DeformableDETR(nn.Module):
             queries = EncoderProposals(node.NUM_QUERIES, node.HIDDEN_DIM, head(0.0))
         else:
             queries = LearnedQueries(node.NUM_QUERIES, node.HIDDEN_DIM)
+        projection = FeatureProjection(
+            [shapes[name].channels for name in node.IN_FEATURES],
+            node.NUM_FEATURE_LEVELS,
+            node.HIDDEN_DIM,
+        )
+        encoder = DeformableTransformerEncoder(size, node.ENC_LAYERS, node.ENC_POINTS)
+        decoder = DeformableTransformerDecoder(
+            size,
+            node.DEC_LAYERS,
+            node.DEC_POINTS,
+            [head(first_bias)] + [head(0.0) for _ in range(later_heads)],
+            node.INVERSE_SIGMOID_EPS,
+        )
+        if node.LAYERS_START_EQUAL:
+            _start_equal(encoder.layers)
+            _start_equal(decoder.layers)
+        if node.HEADS_START_EQUAL:
+            heads = [*decoder.heads, *([queries.head] if node.TWO_STAGE else [])]
+            # The last box layer starts from zeros and the size bias of its own head.
+            for name in ("class_embed", "bbox_embed.0", "bbox_embed.3"):
+                _start_equal([head.get_submodule(name) for head in heads])
         return {
             "backbone": backbone,
-            "projection": FeatureProjection(
-                [shapes[name].channels for name in node.IN_FEATURES],
-                node.NUM_FEATURE_LEVELS,
-                node.HIDDEN_DIM,
-            ),
-            "transformer": DeformableTransformer(
-                DeformableTransformerEncoder(size, node.ENC_LAYERS, node.ENC_POINTS),
-                queries,
-                DeformableTransformerDecoder(
-                    size,
-                    node.DEC_LAYERS,
-                    node.DEC_POINTS,
-                    [head(first_bias)] + [head(0.0) for _ in range(later_heads)],
-                ),
-            ),
+            "projection": projection,
+            "transformer": DeformableTransformer(encoder, queries, decoder),
             "criterion": SetCriterion(
                 HungarianMatcher(
                     node.CLASS_WEIGHT,
@@ -236,6 +246,12 @@ class DeformableDETR(nn.Module):
         return results
 
 
+def _start_equal(modules: Sequence[nn.Module]) -> None:
+    """Give all modules the weights of the first."""
+    for module in modules[1:]:
+        module.load_state_dict(modules[0].state_dict())
+
+
 def _check(node: CfgNode, features: list[str]) -> None:
     """Refuse sizes under MODEL.DEFORMABLE_DETR that do not go together."""
     prefix = "MODEL.DEFORMABLE_DETR."
@@ -256,3 +272,8 @@ def _check(node: CfgNode, features: list[str]) -> None:
                 f"{prefix}HIDDEN_DIM is {node.HIDDEN_DIM}; it must be a multiple of {divisor} "
                 f"({reason})."
             )
+    if not 0 < node.INVERSE_SIGMOID_EPS < 0.5:
+        raise UserError(
+            f"{prefix}INVERSE_SIGMOID_EPS is {node.INVERSE_SIGMOID_EPS}; it must be between 0 and "
+            "0.5: 1e-5 in the reference implementation, 1e-3 in detrex."
+        )

@@ -144,6 +144,7 @@ class DeformableTransformerDecoder(nn.Module):
         num_layers: int,
         num_points: int,
         heads: list[DetectionHead],
+        inverse_sigmoid_eps: float = 1e-5,
     ):
         """
         Args:
@@ -151,6 +152,7 @@ class DeformableTransformerDecoder(nn.Module):
             num_layers: decoder layers.
             num_points: sampling points K per head and level.
             heads: one for all layers, or one per layer.
+            inverse_sigmoid_eps: see :func:`inverse_sigmoid`; how near references come to 0 and 1.
         """
         super().__init__()
         if len(heads) not in (1, num_layers):
@@ -160,6 +162,7 @@ class DeformableTransformerDecoder(nn.Module):
         )
         self.heads = nn.ModuleList(heads)
         self.refines_boxes = len(heads) == num_layers
+        self.inverse_sigmoid_eps = inverse_sigmoid_eps
 
     def forward(self, queries: Queries, memory: Tensor, levels: FeatureLevels) -> list[Predictions]:
         """Return the predictions of every layer, the final ones last."""
@@ -173,7 +176,8 @@ class DeformableTransformerDecoder(nn.Module):
                 content, queries.position, reference[:, :, None] * ratios, memory, levels
             )
             head = self.heads[index if self.refines_boxes else 0]
-            predictions.append(head(content, inverse_sigmoid(reference)))
+            reference_logits = inverse_sigmoid(reference, self.inverse_sigmoid_eps)
+            predictions.append(head(content, reference_logits))
             if self.refines_boxes:
                 reference = predictions[-1].boxes.detach()
         return predictions

@@ -2,9 +2,16 @@
 
 import math
 
+import pytest
 import torch
+from detectron2.modeling import build_model
 
+from ddetr_d2.engine import setup_cfg
+from ddetr_d2.errors import UserError
+from ddetr_d2.modeling.feature_levels import FeatureProjection
 from ddetr_d2.modeling.heads import DetectionHead, inverse_sigmoid
+
+from ..conftest import ROOT, TINY
 
 
 def test_inverse_sigmoid_inverts_and_stays_finite():
@@ -13,6 +20,38 @@ def test_inverse_sigmoid_inverts_and_stays_finite():
     extremes = inverse_sigmoid(torch.tensor([-1.0, 0.0, 1.0, 2.0]))
     limit = math.log(1e-5)
     torch.testing.assert_close(extremes, torch.tensor([limit, limit, -limit, -limit]))
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-3])
+def test_references_at_the_border(eps):
+    """A box or point that lies on the border moves as if it was ``eps`` away from it."""
+    cfg = ROOT / "configs" / "deformable_detr_refine.yaml"
+    opts = [*TINY, "MODEL.DEFORMABLE_DETR.NUM_CLASSES", "3"]
+    if eps != 1e-5:  # the default is the reference implementation's
+        opts += ["MODEL.DEFORMABLE_DETR.INVERSE_SIGMOID_EPS", str(eps)]
+    transformer = build_model(setup_cfg(str(cfg), opts)).eval().transformer
+    torch.nn.init.constant_(transformer.queries.reference_points.bias, -20.0)
+    shift = 0.7
+    for head in transformer.decoder.heads:
+        torch.nn.init.constant_(head.bbox_embed[-2].bias[:2], shift)
+    projection = FeatureProjection([64] * 4, 4, 64)
+    levels = projection([torch.randn(1, 64, 4, 4)] * 4, None)
+    with torch.no_grad():
+        layers, _ = transformer(levels)
+    expected = math.log(eps / (1 - eps))
+    for layer in layers:  # the first starts from a point, the second from the first one's box
+        expected += shift
+        torch.testing.assert_close(
+            layer.boxes[..., :2].logit(), torch.full((1, 20, 2), expected), rtol=1e-3, atol=1e-3
+        )
+
+
+@pytest.mark.parametrize("eps", ["0.0", "0.5", "-0.001"])
+def test_impossible_limits(eps):
+    cfg = str(ROOT / "configs" / "deformable_detr_refine.yaml")
+    opts = [*TINY, "MODEL.DEFORMABLE_DETR.NUM_CLASSES", "3"]
+    with pytest.raises(UserError, match=f"INVERSE_SIGMOID_EPS is {float(eps)}; it must be"):
+        build_model(setup_cfg(cfg, [*opts, "MODEL.DEFORMABLE_DETR.INVERSE_SIGMOID_EPS", eps]))
 
 
 def test_initial_predictions():
