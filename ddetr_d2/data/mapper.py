@@ -8,63 +8,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 
-from ..errors import UserError
+from .augmentation import build_augmentation
 from .images import check_image_size, read_image
-
-_FLIPS = ("horizontal", "vertical", "none")
-# The resize before a crop enlarges without a limit for the longest side; this one, times the
-# shortest side, is met by strips only and keeps them from filling the memory.
-_MAX_ASPECT_RATIO = 10
-
-
-class ResizeShortestEdge(T.ResizeShortestEdge):
-    """Detectron2's, with at least one pixel a side: it would shrink 1 x 4000 pixels to nothing."""
-
-    def get_transform(self, image: np.ndarray) -> T.Transform:
-        """The resize of ``image`` (H, W, ...) to a size that is drawn at random."""
-        transform = super().get_transform(image)
-        if isinstance(transform, T.ResizeTransform):
-            transform.new_h = max(transform.new_h, 1)
-            transform.new_w = max(transform.new_w, 1)
-        return transform
-
-
-def build_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
-    """The augmentation of the paper's recipe (section 4.1 of DETR), of Detectron2's transforms.
-
-    In training: a flip (``INPUT.RANDOM_FLIP``), half the time a random crop (``INPUT.CROP``, if
-    enabled) of the image resized to one of ``INPUT.CROP.MIN_SIZE_TRAIN``, and a resize to one of
-    ``INPUT.MIN_SIZE_TRAIN``, at most ``INPUT.MAX_SIZE_TRAIN``. In testing: the resize to
-    ``INPUT.MIN_SIZE_TEST``, at most ``INPUT.MAX_SIZE_TEST``.
-
-    Raises:
-        UserError: ``INPUT.RANDOM_FLIP`` is unknown.
-    """
-    if not is_train:
-        return [ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, "choice")]
-    flip = cfg.INPUT.RANDOM_FLIP
-    if flip not in _FLIPS:
-        raise UserError(f"INPUT.RANDOM_FLIP is {flip!r}: one of {', '.join(_FLIPS)} is expected")
-    augmentations: list[T.Augmentation] = []
-    if flip != "none":
-        augmentations.append(
-            T.RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical")
-        )
-    if cfg.INPUT.CROP.ENABLED:
-        sizes = cfg.INPUT.CROP.MIN_SIZE_TRAIN
-        crop = T.AugmentationList(
-            [
-                ResizeShortestEdge(sizes, _MAX_ASPECT_RATIO * max(sizes), "choice"),
-                T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE),
-            ]
-        )
-        augmentations.append(T.RandomApply(crop, prob=0.5))
-    augmentations.append(
-        ResizeShortestEdge(
-            cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
-        )
-    )
-    return augmentations
 
 
 class DetrDatasetMapper(DatasetMapper):

@@ -34,5 +34,6 @@ def describe(
         "pixel_std": list(cfg.MODEL.PIXEL_STD),
         "shortest_side": cfg.INPUT.MIN_SIZE_TEST,
         "longest_side": cfg.INPUT.MAX_SIZE_TEST,
+        "resize_rule": cfg.INPUT.RESIZE_RULE,
         "size_divisor": max(detector.model.backbone.size_divisibility, 1),
     }
