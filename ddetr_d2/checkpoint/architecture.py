@@ -13,15 +13,16 @@ _NODE = "MODEL.DEFORMABLE_DETR."
 _RESNET = "MODEL.RESNETS."
 _HEADS = f"{_NODE}NUM_HEADS"
 _DILATION = f"{_RESNET}RES5_DILATION"
+INVERSE_SIGMOID_EPS = f"{_NODE}INVERSE_SIGMOID_EPS"
 # What decides on a model's output and shows in no shape; see :func:`built_options`.
-UNTOLD = (_HEADS, _DILATION)
+UNTOLD = (_HEADS, _DILATION, INVERSE_SIGMOID_EPS)
 
 
 def infer_options(state: Mapping[str, Tensor], num_heads: int = 8) -> dict[str, Any]:
     """Configuration keys and values of the model that ``state`` is of.
 
     Shapes tell neither the attention heads nor dilation (DC5), which is taken to be absent, nor the
-    number of queries of a two-stage model, which is left out.
+    limit of the inverse sigmoid and the number of queries of a two-stage model, which are left out.
 
     Args:
         state: weights under the names of this project.
@@ -115,6 +116,7 @@ def built_options(model: nn.Module) -> dict[str, Any]:
     transformer = getattr(model, "transformer", None)
     if transformer is not None:
         options[_HEADS] = transformer.decoder.layers[0].self_attn.num_heads
+        options[INVERSE_SIGMOID_EPS] = transformer.decoder.inverse_sigmoid_eps
     backbone = getattr(model, "backbone", None)
     convolution = getattr(getattr(backbone, "res5", [None])[-1], "conv2", None)
     if convolution is not None:

@@ -15,7 +15,7 @@ from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from torch import Tensor
 
 from ..errors import UserError
-from .architecture import UNTOLD
+from .architecture import INVERSE_SIGMOID_EPS, UNTOLD
 from .files import local_path, read_file
 from .names import (
     DETREX,
@@ -129,7 +129,7 @@ def _told(content: Any) -> tuple[list[str] | None, dict[str, Any]]:
     options = options.items() if isinstance(options, dict) else ()
     return (
         [str(name) for name in names] if isinstance(names, list) else None,
-        {key: value for key, value in options if key in UNTOLD and isinstance(value, int)},
+        {key: value for key, value in options if key in UNTOLD and isinstance(value, int | float)},
     )
 
 
@@ -147,6 +147,7 @@ def _reference(state: State, content: Any, path: str) -> Weights:
         "dec_n_points": f"{node}DEC_POINTS",
         "dropout": f"{node}DROPOUT",
     }
+    options = {INVERSE_SIGMOID_EPS: 1e-5} | options
     options |= {
         key: args[name] for name, key in keys.items() if isinstance(args.get(name), int | float)
     }
@@ -163,7 +164,9 @@ def _detrex(state: State, content: Any, path: str) -> Weights:
         ): tensor
         for name, tensor in _without_counters(state).items()
     }
-    return _with_classes(Weights("detrex", split_heads(rename(state, reverse(DETREX)))))
+    state = split_heads(rename(state, reverse(DETREX)))
+    # Trained with another limit than the reference implementation's, which moves boxes.
+    return _with_classes(Weights("detrex", state, options={INVERSE_SIGMOID_EPS: 1e-3}))
 
 
 def _transformers(state: State, content: Any, path: str) -> Weights:

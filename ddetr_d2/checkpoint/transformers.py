@@ -3,6 +3,7 @@
 Written from its published file layout; transformers itself is not needed.
 """
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -40,6 +41,10 @@ _TIMM_NAMES = {
     (101, 32, 8): "resnext101_32x8d",
     (101, 64, 4): "resnext101_64x4d",
 }
+# Limit of the inverse sigmoid there, and the entry of config.json that tells another one: only this
+# project reads it.
+_THEIR_EPS = 1e-5
+_EPS = "inverse_sigmoid_eps"
 # What version 5 calls otherwise in memory than in files.
 _IN_MEMORY = (
     (re.compile(r"^model\.backbone\.model\."), "model.backbone.conv_encoder.model."),
@@ -139,6 +144,14 @@ def transformers_config(cfg: CfgNode, class_names: Sequence[str] | None = None) 
     node = cfg.MODEL.DEFORMABLE_DETR
     if node.TWO_STAGE and not node.WITH_BOX_REFINE:
         raise UserError("transformers has two-stage models with box refinement only.")
+    other_eps = {}
+    if node.INVERSE_SIGMOID_EPS != _THEIR_EPS:
+        logging.getLogger(__name__).warning(
+            f"MODEL.DEFORMABLE_DETR.INVERSE_SIGMOID_EPS is {node.INVERSE_SIGMOID_EPS}, but "
+            f"transformers always computes with {_THEIR_EPS}: boxes near the border of the image "
+            "will differ there."
+        )
+        other_eps = {_EPS: node.INVERSE_SIGMOID_EPS}
     names = class_names or [f"LABEL_{number}" for number in range(node.NUM_CLASSES)]
     return {
         "architectures": ["DeformableDetrForObjectDetection"],
@@ -149,6 +162,7 @@ def transformers_config(cfg: CfgNode, class_names: Sequence[str] | None = None) 
         "dropout": node.DROPOUT,
         "auxiliary_loss": True,
         **_backbone_config(cfg),
+        **other_eps,
         "bbox_cost": _whole(node.L1_WEIGHT),
         "bbox_loss_coefficient": _whole(node.L1_WEIGHT),
         "class_cost": _whole(node.CLASS_WEIGHT),
@@ -215,6 +229,7 @@ def options_of(config: Mapping[str, Any]) -> dict[str, Any]:
         f"{node}ENC_POINTS": config.get("encoder_n_points", 4),
         f"{node}DEC_POINTS": config.get("decoder_n_points", 4),
         f"{node}DROPOUT": float(config.get("dropout", 0.1)),
+        f"{node}INVERSE_SIGMOID_EPS": config.get(_EPS, _THEIR_EPS),
         "MODEL.RESNETS.RES5_DILATION": 2 if dilated else 1,
         "MODEL.RESNETS.STRIDE_IN_1X1": backbone.get("downsample_in_bottleneck", False),
     }

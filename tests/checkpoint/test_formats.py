@@ -15,6 +15,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from transformers import AutoImageProcessor, DeformableDetrConfig, DeformableDetrForObjectDetection
 
 from ddetr_d2.checkpoint import DetrCheckpointer, read_class_names
+from ddetr_d2.checkpoint.architecture import built_options
 from ddetr_d2.checkpoint.formats import COCO_IDS, COCO_NAMES, read_weights
 from ddetr_d2.checkpoint.names import REFERENCE, rename, reverse, split_heads
 from ddetr_d2.checkpoint.transformers import from_transformers, to_transformers
@@ -31,6 +32,8 @@ USUAL_WIDTHS = [
     *("MODEL.RESNETS.RES2_OUT_CHANNELS", "256"),
     *("MODEL.RESNETS.WIDTH_PER_GROUP", "64"),
 ]
+
+DETREX_EPS = ("MODEL.DEFORMABLE_DETR.INVERSE_SIGMOID_EPS", "0.001")
 
 
 def configure(variant, classes, *opts):
@@ -134,10 +137,48 @@ def test_detrex(variant, tmp_path):
     features = 1 if "single_scale" in variant else 3
     state = as_detrex(source.state_dict(), encoder=1, decoder=2, features=features)
     torch.save({"model": state, "iteration": 374999}, tmp_path / "a.pth")
-    target = build(variant, 80)
+    target = build(variant, 80, *DETREX_EPS)
     DetrCheckpointer(target, strict=True).load(str(tmp_path / "a.pth"))
     assert_same(weights_of(target), weights_of(source))
     assert read_class_names(str(tmp_path / "a.pth")) == COCO_NAMES
+
+
+def test_detrex_weights_need_its_limit_of_the_inverse_sigmoid(tmp_path, caplog):
+    """It moves the boxes of refined models near the border and shows in no shape."""
+    variant = "deformable_detr_refine"
+    state = build(variant, 80).state_dict()
+    torch.save(as_detrex(state, encoder=1, decoder=2, features=3), tmp_path / "theirs.pth")
+    setting = "other settings than this one: MODEL.DEFORMABLE_DETR.INVERSE_SIGMOID_EPS "
+    with pytest.raises(UserError, match=f"theirs.pth.*{setting}0.001$"):
+        DetrCheckpointer(build(variant, 80), strict=True).load(str(tmp_path / "theirs.pth"))
+    DetrCheckpointer(build(variant, 80)).load(str(tmp_path / "theirs.pth"))  # training may
+    assert f"{setting}0.001" in caplog.text
+
+    # It stays with the weights, whatever they are written as.
+    model = build(variant, 80, *DETREX_EPS)
+    DetrCheckpointer(model, str(tmp_path)).save("own")
+    options = built_options(model)
+    write_checkpoint(str(tmp_path / "reference.pth"), to_reference(state), options=options)
+    caplog.clear()
+    write_transformers(str(tmp_path), state, configure(variant, 80, *DETREX_EPS))
+    assert "EPS is 0.001, but transformers always computes with 1e-05: boxes" in caplog.text
+    for name in ("own.pth", "reference.pth", ""):
+        DetrCheckpointer(model, strict=True).load(str(tmp_path / name))
+        with pytest.raises(UserError, match=f"{setting}0.001$"):
+            DetrCheckpointer(build(variant, 80), strict=True).load(str(tmp_path / name))
+
+    # Others have the usual one, and checkpoints of this project without a word on it any.
+    caplog.clear()
+    write_checkpoint(str(tmp_path / "reference.pth"), to_reference(state))
+    write_transformers(str(tmp_path), state, configure(variant, 80))
+    assert not caplog.text
+    assert "inverse_sigmoid_eps" not in (tmp_path / "config.json").read_text()
+    for name in ("reference.pth", ""):
+        DetrCheckpointer(build(variant, 80), strict=True).load(str(tmp_path / name))
+        with pytest.raises(UserError, match=f"{setting}1e-05$"):
+            DetrCheckpointer(model, strict=True).load(str(tmp_path / name))
+    write_checkpoint(str(tmp_path / "old.pth"), state)
+    DetrCheckpointer(model, strict=True).load(str(tmp_path / "old.pth"))
 
 
 def test_heads_of_an_untrained_two_stage_model_stay_apart():
