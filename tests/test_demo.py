@@ -285,7 +285,7 @@ def test_labels_say_class_and_score(monkeypatch):
 @pytest.mark.parametrize("video", [False, True])
 def test_class_names_in_any_script(arguments, tmp_path, monkeypatch, video):
     """Matplotlib warns of letters that it has no font for."""
-    metadata = Metadata(thing_classes=["三角形 $x$ \n"], thing_colors=[[255, 0, 0]])
+    metadata = Metadata(thing_classes=["三角形"], thing_colors=[[255, 0, 0]])
     monkeypatch.setattr(demo, "load_model", lambda *_: (None, metadata))
     instances = Instances(
         (40, 60),
