@@ -6,17 +6,18 @@ import sqlite3
 import struct
 import unicodedata
 import warnings
-import zlib
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 from urllib.parse import unquote
 
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import get_cache_dir
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
+
+from ..images import readable_formats
 
 _ORIENTATION = 0x0112
 # Threads wait for the disk or the network most of the time.
@@ -24,6 +25,7 @@ _THREADS = min(32, 4 * (os.cpu_count() or 1))
 # Headers of fewer images are read faster than it is worth remembering them.
 REMEMBERED_FROM = 1000
 _CHUNK = 256
+_PNG_TEXTS = {b"eXIf", b"iTXt", b"tEXt", b"zTXt"}
 
 
 class ImageHeader(NamedTuple):
@@ -70,7 +72,7 @@ def find_image_files(root: str, names: Sequence[str]) -> tuple[list[str | None],
         return paths, 0
     for index in missing:
         paths[index] = None
-    known, taken = _files_under(root), set(paths)
+    known, taken = _files_under(root), {os.path.normpath(path) for path in paths if path}
     found = {name: _look_up(name, known) for name in {names[index] for index in missing}}
     times = Counter(found.values())
     for index in missing:
@@ -83,10 +85,17 @@ def find_image_files(root: str, names: Sequence[str]) -> tuple[list[str | None],
 def _files_under(root: str) -> dict[str, list[str]]:
     """All files under a local folder by their folded path relative to it."""
     known: dict[str, list[str]] = {}
-    for folder, _, files in os.walk(root, followlinks=True):
-        for file in files:
-            path = os.path.join(folder, file)
-            known.setdefault(_folded(os.path.relpath(path, root)), []).append(path)
+    pending, seen = [root], set()  # links may lead round in a circle
+    for start in pending:
+        for folder, folders, files in os.walk(start):
+            if os.path.realpath(folder) in seen:
+                folders.clear()
+                continue
+            seen.add(os.path.realpath(folder))
+            pending += filter(os.path.islink, (os.path.join(folder, name) for name in folders))
+            for file in files:
+                path = os.path.join(folder, file)
+                known.setdefault(_folded(os.path.relpath(path, root)), []).append(path)
     return known
 
 
@@ -97,7 +106,8 @@ def _folded(name: str) -> str:
 def _look_up(name: str, known: dict[str, list[str]]) -> str | None:
     for text in dict.fromkeys((name, unquote(name))):
         # ?d= is where Label Studio's addresses of local files hold the path.
-        parts = [part for part in re.split(r"[/\\]|\?d=", _folded(text)) if part not in ("", ".")]
+        words = re.split(r"[/\\]|\?d=", _folded(text).strip())
+        parts = [part for part in words if part not in ("", ".")]
         for first in range(len(parts)):
             paths = known.get(os.sep.join(parts[first:]), [])
             if len(paths) == 1:
@@ -122,7 +132,9 @@ def read_headers(paths: Sequence[str], description: str) -> list[ImageHeader]:
     headers: list[ImageHeader] = []
     chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
     bar = tqdm(total=len(paths), desc=description, unit="image", disable=not many)
-    with bar, ThreadPoolExecutor(_THREADS) as pool:
+    with bar, warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:
+        # Said when the image itself is read.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         for chunk in chunks:
             stamps = list(pool.map(_stamp, chunk))
             known = remembered.look_up(chunk, stamps) if remembered else {}
@@ -140,24 +152,42 @@ def read_headers(paths: Sequence[str], description: str) -> list[ImageHeader]:
 def read_header(path: str) -> ImageHeader:
     """Read the header of one image file."""
     try:
-        with warnings.catch_warnings():
-            # Said when the image itself is read.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                width, height = image.size
-                orientation = image.getexif().get(_ORIENTATION, 1)
-                swapped = image.format == "TIFF"  # Pillow gives the size of the upright image
+        with Image.open(path, formats=readable_formats()) as image:
+            width, height = image.size
+            orientation = _exif(image).get(_ORIENTATION, 1)
+            swapped = image.format == "TIFF"  # Pillow gives the size of the upright image
     except Image.DecompressionBombError as error:
         return ImageHeader(0, 0, 1, f"too large: {error}")
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError) as error:
-        return ImageHeader(0, 0, 1, str(error).replace(f" {path!r}", "") or type(error).__name__)
-    except (struct.error, zlib.error, OverflowError, NotImplementedError) as error:
-        return ImageHeader(0, 0, 1, str(error))
+    except UnidentifiedImageError:
+        return ImageHeader(0, 0, 1, "no image, or of an unknown kind")
+    except OSError as error:
+        return ImageHeader(0, 0, 1, error.strerror or str(error) or type(error).__name__)
+    except Exception as error:  # Pillow's readers raise errors of any type on damaged headers
+        return ImageHeader(0, 0, 1, f"damaged: {str(error) or type(error).__name__}")
     if not (isinstance(orientation, int) and 1 <= orientation <= 8):
         orientation = 1
     if swapped and orientation >= 5:
         width, height = height, width
     return ImageHeader(width, height, orientation)
+
+
+def _exif(image: Image.Image) -> Image.Exif:
+    # To look for EXIF data behind the pixels of a PNG file, Pillow decodes it. Few have it there.
+    if image.format == "PNG" and not _has_text_behind_pixels(image.fp):
+        return Image.Image.getexif(image)
+    return image.getexif()
+
+
+def _has_text_behind_pixels(file: BinaryIO) -> bool:
+    """Whether a PNG file has texts or EXIF data behind its pixels; leaves it where it was."""
+    position, kinds = file.tell(), [b""]
+    file.seek(8)
+    while kinds[-1] != b"IEND" and len(start := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", start)
+        kinds.append(kind)
+        file.seek(length + 4, os.SEEK_CUR)
+    file.seek(position)
+    return b"IDAT" in kinds and not _PNG_TEXTS.isdisjoint(kinds[kinds.index(b"IDAT") :])
 
 
 def _stamp(path: str) -> tuple[int, int]:

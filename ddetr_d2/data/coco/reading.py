@@ -202,7 +202,7 @@ def _images(
     if headers:
         stored = annotated_as_stored(headers, sizes)
         wrong = [
-            f"{shown(row.file_name)} is given as {size[0]} x {size[1]} and has "
+            f"{shown(row.file_name)} is given as {size[0]:.10g} x {size[1]:.10g} and has "
             f"{header.upright[0]} x {header.upright[1]} pixels"
             for row, size, header, as_stored in zip(
                 rows.values(), sizes, headers, stored, strict=True
