@@ -61,16 +61,17 @@ def _data_set_classes(cfg: CfgNode) -> list[str] | None:
 
     Detectron2 knows those of its own data sets; others are read from their annotation files.
     """
+    known, reason = None, "none is named"
     try:
-        names = data_set_classes(cfg)
+        known = data_set_classes(cfg)
     except UserError as error:
-        if cfg.MODEL.DEFORMABLE_DETR.NUM_CLASSES:
-            return None
+        reason = str(error)
+    if known is None and not cfg.MODEL.DEFORMABLE_DETR.NUM_CLASSES:
         raise UserError(
             f"{cfg.MODEL.WEIGHTS} does not name its classes, and neither do the data sets of "
-            f"the configuration ({error}); give --opts MODEL.DEFORMABLE_DETR.NUM_CLASSES."
-        ) from error
-    return names
+            f"the configuration ({reason}); give --opts MODEL.DEFORMABLE_DETR.NUM_CLASSES."
+        )
+    return known
 
 
 def detect(predictor: Predictor, image: np.ndarray, threshold: float) -> Instances:
