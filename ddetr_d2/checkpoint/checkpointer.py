@@ -1,31 +1,34 @@
 """Detectron2's checkpointer for weights of many formats, with class names and strict loading."""
 
+import contextlib
 import logging
+import os
 import re
-from dataclasses import dataclass
 from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
-from tabulate import tabulate
 from torch import nn
 
 from ..class_names import listed, match_classes
 from ..errors import UserError
+from ..main_process import on_main_process
 from .architecture import as_arguments, built_options, differences, infer_options, variant
 from .files import local_path
 from .formats import COCO_NAMES, Weights, num_classes, read_weights, to_contiguous
+from .misfit import Misfit, compare
 from .names import State
+from .run_folder import LAST_CHECKPOINT, PERIODIC, has_checkpoint, newest_checkpoint
+from .whole_files import save_whole, whole_file
 
 # Parameters whose shape follows the number of classes.
 _CLASS_HEAD = "class_embed"
-# Parts of a backbone that ImageNet weights do not have.
-_BEYOND_IMAGENET = ("conv2_offset", "fpn_", "top_block")
-# Lines of each kind in the table of what does not fit.
-_MAX_LINES = 6
 
 
 class DetrCheckpointer(DetectionCheckpointer):
     """Load weights of any known format; save class names along; refuse weights that do not fit.
+
+    A checkpoint appears under its name whole or not at all, and ``last_checkpoint`` names it
+    after that. A run is resumed from the newest whole checkpoint.
 
     A file with weights of the backbone only (ImageNet) loads into the backbone. A file with a
     detector must hold every parameter of the model in its shape, and no others. Only the class
@@ -40,6 +43,7 @@ class DetrCheckpointer(DetectionCheckpointer):
         *,
         class_names: list[str] | None = None,
         strict: bool = False,
+        keep: int = 0,
         **kwargs: Any,
     ):
         """
@@ -48,20 +52,101 @@ class DetrCheckpointer(DetectionCheckpointer):
             save_dir: folder of the checkpoints written.
             class_names: written into each checkpoint as ``class_names``.
             strict: every parameter must be in the file, as evaluation needs it.
-            kwargs: see :class:`DetectionCheckpointer`.
+            keep: how many periodic checkpoints of the run to keep, the newest ones; 0 for all.
+            kwargs: see :class:`DetectionCheckpointer`: what to save beside the model, by name,
+                each with ``state_dict()`` and ``load_state_dict()``. States hold tensors and plain
+                values only; reading others back is refused.
+
+        Attributes:
+            resumed_from: path of the checkpoint that the run continues from, empty if it starts.
         """
         super().__init__(model, save_dir, **kwargs)
         self.class_names = class_names
         self.strict = strict
+        self.keep = keep
+        self.resumed_from = ""
+        self._periodic: list[str] = []  # checkpoints that this run has written
         self._source = ""
         self._resuming = False
 
-    def save(self, name: str, **kwargs: Any) -> None:
-        """Write ``name``.pth; see :meth:`DetectionCheckpointer.save`."""
-        kwargs["options"] = built_options(self.model)
+    def save(self, name: str, *, newest: bool = True, **kwargs: Any) -> None:
+        """Write ``name``.pth with the model, the checkpointables and ``kwargs``.
+
+        Older periodic checkpoints of the run are removed then, as ``keep`` says.
+
+        Args:
+            name: without the ending; ``model_`` and seven digits for a periodic checkpoint.
+            newest: name it in ``last_checkpoint``: the run is resumed from it.
+            kwargs: further entries; ``iteration`` is the last one that was done.
+
+        Raises:
+            UserError: if it cannot be written; nothing else has changed then.
+        """
+        if not (self.save_dir and self.save_to_disk):
+            return
+        file_name = f"{name}.pth"
+        path = os.path.join(self.save_dir, file_name)
+        periodic = [other for other in self._periodic if other != file_name]
+        if PERIODIC.fullmatch(file_name):
+            periodic.append(file_name)
+        content = {"model": self.model.state_dict()}
+        content |= {key: item.state_dict() for key, item in self.checkpointables.items()}
+        content |= {"options": built_options(self.model), "periodic_checkpoints": periodic}
         if self.class_names:
-            kwargs["class_names"] = list(self.class_names)
-        super().save(name, **kwargs)
+            content["class_names"] = list(self.class_names)
+        logging.getLogger(__name__).info(f"Saving checkpoint to {path}")
+        try:
+            save_whole(content | kwargs, path)
+            if newest:
+                self.tag_last_checkpoint(file_name)
+        except UserError as error:
+            raise UserError(
+                f"{error} Older checkpoints are untouched; continue with --resume."
+            ) from error
+        self._periodic = periodic
+        self._remove_old()
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Name the newest checkpoint in ``last_checkpoint``."""
+        with whole_file(os.path.join(self.save_dir, LAST_CHECKPOINT)) as file:
+            file.write(last_filename_basename.encode())
+
+    def _remove_old(self) -> None:
+        """Remove periodic checkpoints of this run, and of no other, that are not to be kept."""
+        if self.keep <= 0:
+            return
+        old, self._periodic = self._periodic[: -self.keep], self._periodic[-self.keep :]
+        for name in old:
+            try:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(self.save_dir, name))
+            except OSError as error:
+                logging.getLogger(__name__).warning(f"{name} cannot be removed: {error.strerror}")
+
+    def has_checkpoint(self) -> bool:
+        """Whether a run has left a checkpoint in the folder, or a trace of one."""
+        return has_checkpoint(self.save_dir)
+
+    def get_checkpoint_file(self) -> str:
+        """The checkpoint to resume from: see :func:`ddetr_d2.checkpoint.newest_checkpoint`."""
+        return newest_checkpoint(self.save_dir)
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Load the newest whole checkpoint of the folder and all that goes with it.
+
+        Without ``resume``, or where the folder has no checkpoint, load only the weights at
+        ``path``. The main process chooses for all; all have to call this together.
+
+        Raises:
+            UserError: if there are checkpoints and none is whole, and as :meth:`load`.
+        """
+        self.resumed_from = on_main_process(self.get_checkpoint_file) if resume else ""
+        if not self.resumed_from:
+            return self.load(path, checkpointables=[])
+        rest = self.load(self.resumed_from)
+        names = rest.get("periodic_checkpoints", [])
+        self._periodic = [name for name in names if PERIODIC.fullmatch(name)]
+        return rest
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load what is at ``path``: see :func:`ddetr_d2.checkpoint.formats.read_weights`.
@@ -101,7 +186,7 @@ class DetrCheckpointer(DetectionCheckpointer):
         if any(name.startswith("backbone.bottom_up.") for name in expected) and weights.is_backbone:
             state = {re.sub(r"^backbone\.", "backbone.bottom_up.", k): v for k, v in state.items()}
         state = self._match_classes(state, weights.class_names, expected)
-        misfit = _compare(state, expected, weights.is_backbone and not self.strict)
+        misfit = compare(state, expected, weights.is_backbone and not self.strict)
         if misfit.wrong and not self.strict and all(_CLASS_HEAD in name for name in misfit.wrong):
             logging.getLogger(__name__).warning(
                 f"{self._source} was trained on another number of classes: the "
@@ -151,7 +236,7 @@ class DetrCheckpointer(DetectionCheckpointer):
             state[name] = fresh
         return state
 
-    def _message(self, misfit: "_Misfit", state: State, expected: State) -> str:
+    def _message(self, misfit: Misfit, state: State, expected: State) -> str:
         needed, built = infer_options(state), infer_options(expected)
         settings = differences(needed, built)
         if not self.strict:  # training may start from other classes
@@ -181,94 +266,6 @@ class DetrCheckpointer(DetectionCheckpointer):
         if self.strict:
             raise UserError(message)
         logging.getLogger(__name__).warning(message)
-
-
-@dataclass
-class _Misfit:
-    """What does not fit: names, or names with the shapes in the file and in the model."""
-
-    missing: list[str]
-    left_over: list[str]
-    wrong: dict[str, tuple[list[int], list[int]]]
-
-    def __bool__(self) -> bool:
-        return bool(self.missing or self.left_over or self.wrong)
-
-    def summary(self) -> str:
-        parts = []
-        if self.missing:
-            parts.append(f"{len(self.missing)} parameters are missing, the first {self.missing[0]}")
-        if self.wrong:
-            name, (in_file, in_model) = next(iter(self.wrong.items()))
-            parts.append(
-                f"{len(self.wrong)} differ in shape, the first {name}: {in_file} in the file, "
-                f"{in_model} in the model"
-            )
-        if self.left_over:
-            parts.append(f"{len(self.left_over)} are left over, the first {self.left_over[0]}")
-        return "; ".join(parts)
-
-    def table(self) -> str:
-        """A line for each kind of name, counted."""
-        rows = [("", "tensors", "name", "in the file", "in the model")]
-        rows += _grouped("missing", {name: ("", "") for name in self.missing})
-        rows += _grouped("other shape", self.wrong)
-        rows += _grouped("left over", {name: ("", "") for name in self.left_over})
-        return tabulate(rows, tablefmt="plain")
-
-
-def _grouped(kind: str, entries: dict[str, tuple[Any, Any]]) -> list[tuple[Any, ...]]:
-    """Count names that differ in numbers and in the last part only."""
-    groups: dict[str, list[str]] = {}
-    for name in entries:
-        module = re.sub(r"\.\d+(?=\.|$)", ".*", name.rpartition(".")[0]) or name
-        groups.setdefault(module, []).append(name)
-    rows = []
-    for module, names in list(groups.items())[:_MAX_LINES]:
-        if len(names) == 1:
-            module = names[0]
-        elif len({name.rpartition(".")[2] for name in names}) == 1:
-            module += "." + names[0].rpartition(".")[2]
-        else:
-            module += ".*"
-        rows.append((kind, len(names), module, *map(str, entries[names[0]])))
-        kind = ""
-    rest = sum(len(names) for names in list(groups.values())[_MAX_LINES:])
-    if rest:
-        rows.append(("", rest, "others", "", ""))
-    return rows
-
-
-def _compare(state: State, expected: State, backbone_only: bool) -> _Misfit:
-    """Compare weights with what the model has, leaving out counters of training steps."""
-    missing = [name for name in expected if name not in state and not _is_counter(name)]
-    left_over = [name for name in state if name not in expected and not _is_counter(name)]
-    if backbone_only:
-        missing = [
-            name
-            for name in missing
-            if name.startswith("backbone.") and not any(x in name for x in _BEYOND_IMAGENET)
-        ]
-        # Stages that the model does not have may stay behind, blocks of its stages may not.
-        blocks = {_block(name) for name in expected}
-        stages = {stage for stage, _ in blocks}
-        left_over = [n for n in left_over if _block(n) not in blocks and _block(n)[0] in stages]
-    wrong = {
-        name: (list(state[name].shape), list(tensor.shape))
-        for name, tensor in expected.items()
-        if name in state and state[name].shape != tensor.shape
-    }
-    return _Misfit(missing, left_over, wrong)
-
-
-def _is_counter(name: str) -> bool:
-    return name.endswith("num_batches_tracked")
-
-
-def _block(name: str) -> tuple[str, str]:
-    """``("res2", "0")`` of ``backbone.res2.0.conv1.weight``; nothing for other names."""
-    match = re.match(r"backbone\.(?:bottom_up\.)?(res\d)\.(\d+)\.", name)
-    return (match[1], match[2]) if match else ("", "")
 
 
 def read_class_names(path: str) -> list[str] | None:

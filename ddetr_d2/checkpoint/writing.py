@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import UserError
 from .names import REFERENCE, State, is_two_stage, join_heads, rename
 from .transformers import preprocessor_config, to_transformers
+from .whole_files import save_whole
 
 
 def to_reference(state: Mapping[str, Tensor]) -> State:
@@ -41,7 +42,11 @@ def to_reference(state: Mapping[str, Tensor]) -> State:
 
 
 def write_checkpoint(path: str, state: Mapping[str, Tensor], **entries: Any) -> None:
-    """Write ``state`` as the entry ``model`` of a file of torch.save, beside other ``entries``."""
+    """Write ``state`` as the entry ``model`` of a file of torch.save, beside other ``entries``.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
     copies: dict[tuple[Any, ...], Tensor] = {}  # shared tensors stay shared
 
     def copied(tensor: Tensor) -> Tensor:
@@ -50,7 +55,7 @@ def write_checkpoint(path: str, state: Mapping[str, Tensor], **entries: Any) -> 
             copies[key] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         return copies[key]
 
-    torch.save({"model": {name: copied(x) for name, x in state.items()}, **entries}, path)
+    save_whole({"model": {name: copied(x) for name, x in state.items()}, **entries}, path)
 
 
 def write_transformers(
