@@ -89,7 +89,7 @@ def _draw_aspects(axes: Axes, sizes: np.ndarray, boxes: np.ndarray) -> None:
             ratios = np.log2(values[:, 0] / values[:, 1]).clip(-5, 5)
             weights = np.full(len(ratios), 1 / len(ratios))
             axes.hist(ratios, bins=np.linspace(-5, 5, 61), weights=weights, alpha=0.6, label=label)
-    axes.set_xticks(range(-4, 5, 2), [f"{2.0**k:g}" for k in range(-4, 5, 2)])
+    axes.set_xticks(range(-4, 5, 2), ["1/16", "1/4", "1", "4", "16"])
     axes.set_xlabel("width / height")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.0%}"))
     axes.legend()

@@ -106,4 +106,5 @@ def _draw_sample(axes: Axes, annotations: CocoAnnotations, index: int, image: Im
     axes.set_xlim(0, record.width)
     axes.set_ylim(record.height, 0)
     name = record.file_name if len(record.file_name) <= 40 else "..." + record.file_name[-37:]
-    set_label_fonts([axes.set_title(f"{name}: {len(rows)} boxes", fontsize=9)])
+    boxes = "1 box" if len(rows) == 1 else f"{len(rows)} boxes"
+    set_label_fonts([axes.set_title(f"{name}: {boxes}", fontsize=9)])

@@ -235,6 +235,7 @@ def test_text_fits_a_terminal(coco, changed_images, cfg):
     coco.content["categories"] += [{"id": i, "name": f"kind {i} " * 12} for i in range(3, 100)]
     add_box(coco, 1, [1, 1, 0, 2])
     add_box(coco, 1, [1, 1, 4, 2], category_id="2")
+    cfg.INPUT.MIN_SIZE_TRAIN = (480, 800)
     report = report_on([read(coco)], [read(changed_images, "val")], cfg)
     for part in report.data_sets:  # names of files can be of any length
         part.json_file = part.image_root = ""

@@ -95,7 +95,7 @@ def test_registered_names_and_the_sets_of_a_configuration(shapes_opts, capsys):
     inspect_dataset.main([*config, "--opts", *shapes_opts, "INPUT.MIN_SIZE_TEST", "123"])
     text = capsys.readouterr().out
     assert text.index("tiny_train (training)") < text.index("tiny_val (test)")
-    assert "shortest side of 640 (480 to 800 in the configuration)" in text
+    assert "shortest side of 640 (configured: 480 to 800), at most 1333" in text
     assert "shortest side of 123" in text
 
     inspect_dataset.main(["--test", "tiny_val", "--opts", *shapes_opts])

@@ -192,10 +192,10 @@ def _resize_table(report: DataSetReport) -> str:
     if not resize.shortest:
         title = "Images are not resized."
     else:
-        several = f" ({low} to {high} in the configuration)" if low != high else ""
+        several = f" (configured: {low} to {high})" if low != high else ""
         title = (
             f"After the resize to a shortest side of {resize.shortest}{several}, "
-            f"at most {resize.longest}, in pixels:"
+            f"at most {resize.longest} pixels:"
         )
     rows: dict[str, Distribution | None] = {
         "width of images": resize.image_width,
