@@ -198,6 +198,8 @@ def _other_format(content: Any) -> str | None:
     if isinstance(content, dict):
         if "shapes" in content and "imagePath" in content:
             return "LabelMe's file of one image: convert the folder to COCO (labelme2coco)"
+        if "items" in content and "images" not in content:
+            return "Datumaro's own format: export as COCO"
         if "_via_img_metadata" in content or any(
             isinstance(value, dict) and "regions" in value for value in content.values()
         ):
