@@ -23,18 +23,14 @@ except ImportError:  # Windows
 
 _LOCK = ".lock"
 # What Detectron2's writers put into metrics.json, log.txt and TensorBoard's file per iteration.
-_LOG_BYTES = 300
+_LOG_BYTES = 150
 
 
-@contextlib.contextmanager
-def output_folder(folder: str) -> Iterator[None]:
-    """Make the folder of a training and keep other trainings out of it.
-
-    For the main process. The lock ends with the process, however that ends; forked data workers
-    do not hold it. What a process left that died while it wrote a file is removed.
+def make_folder(folder: str) -> None:
+    """Make a folder and see whether it can be written.
 
     Raises:
-        UserError: if the folder cannot be written, or another process trains in it.
+        UserError: if it cannot.
     """
     try:
         os.makedirs(folder, exist_ok=True)
@@ -47,6 +43,19 @@ def output_folder(folder: str) -> Iterator[None]:
                 f"OUTPUT_DIR {folder} is a file or lies in one; name a folder."
             ) from error
         raise UserError(f"OUTPUT_DIR {folder!r} {cannot_be_written(error, folder)}") from error
+
+
+@contextlib.contextmanager
+def output_folder(folder: str) -> Iterator[None]:
+    """Make the folder of a training and keep other trainings out of it.
+
+    For the main process. The lock ends with the process, however that ends; forked data workers
+    do not hold it. What a process left that died while it wrote a file is removed.
+
+    Raises:
+        UserError: if the folder cannot be written, or another process trains in it.
+    """
+    make_folder(folder)
     with _lock(folder):
         yield
 

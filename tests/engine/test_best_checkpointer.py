@@ -66,6 +66,17 @@ def test_a_resumed_run_knows_its_best():
     assert "hooks" not in run.state_dict()
 
 
+def test_a_figure_of_an_earlier_iteration_is_not_of_these_weights():
+    class Restored(HookBase):
+        def before_train(self):
+            self.trainer.storage.put_scalar("bbox/AP", 99.0, cur_iter=1)
+
+    run = Run(FIGURES)
+    run.register_hooks([Restored()])
+    run.train(2, 12)
+    assert [iteration for iteration, _ in run.saved] == [3, 5, 9]
+
+
 def test_a_metric_that_never_comes(caplog):
     run = Run(FIGURES, "segm/AP")
     run.train(0, 4)
