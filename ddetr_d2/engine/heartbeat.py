@@ -14,13 +14,13 @@ suspended as a whole (Ctrl-Z, ``scontrol suspend``) goes on afterwards.
 import collections
 import contextlib
 import datetime
-import faulthandler
 import json
 import os
 import statistics
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 
 from torch import distributed as dist
@@ -29,7 +29,7 @@ from torch import distributed as dist
 # reasonably work alone.
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=6)
 # Seconds without progress; together with finding out and ending the others below a minute.
-STEP_LIMIT = 40.0
+STEP_LIMIT = 35.0
 # The first steps compile, tune and start the data workers.
 FIRST_STEPS_LIMIT = 600.0
 # Seconds outside of steps in which no thread of a process runs: nothing that works does that.
@@ -172,19 +172,23 @@ class Heartbeat:
         if not self._seen:
             return []
         furthest_behind = min(state[1] for state, _ in self._seen)
-        behind = [rank for rank, (s, _) in enumerate(self._seen) if s[1] == furthest_behind]
-        for rank in behind:
-            (_, _, late, limit), silent = self._seen[rank]
-            if not late and silent <= limit:
-                return []
-        return behind
+        behind, frozen = [], []
+        for rank, ((_, beats, late, limit), silent) in enumerate(self._seen):
+            if beats == furthest_behind:
+                if not late and silent <= limit:
+                    return []
+                behind.append(rank)
+                if silent > 2:  # not even its watching thread runs
+                    frozen.append(rank)
+        return frozen or behind
 
     def _end_run(self, message: str, hanging: list[int] | None = None) -> None:
         if self._ended.is_set():
             return
         if hanging and self._rank in hanging:
-            print(f"rank {self._rank} stands at:", file=sys.stderr, flush=True)
-            faulthandler.dump_traceback(sys.__stderr__)
+            print(f"rank {self._rank} stands at:", file=sys.stderr)
+            traceback.print_stack(sys._current_frames()[threading.main_thread().ident])
+            sys.stderr.flush()
         with contextlib.suppress(RuntimeError):
             if hanging and self._store.add("reported", 1) > 1:
                 message = ""  # another process has said so

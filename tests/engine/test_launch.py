@@ -1,6 +1,5 @@
 """Runs of two real processes: how they end, and what they say, whatever happens to them."""
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -14,84 +13,13 @@ import torch
 from detectron2.utils import comm
 from torch import distributed as dist
 
-from ddetr_d2.engine import heartbeat
-from ddetr_d2.engine import launch as launching
 from ddetr_d2.engine.launch import launch
 from ddetr_d2.engine.layout import launch_argument_parser
 from ddetr_d2.engine.stopping import RunStopped, StopRequest
 from ddetr_d2.errors import UserError
 
 from ..conftest import ROOT
-
-TIME_LIMIT = 60  # seconds, for any run here on a busy machine
-
-
-class Run:
-    """``launch(main, ...)`` with two processes in a session of its own.
-
-    They are forked, so that none of them has to import PyTorch again. ``main`` finds the path of
-    a folder in ``args.opts[0]``.
-    """
-
-    def __init__(self, main, folder: Path, *arguments: str) -> None:
-        self.folder = folder
-        args = launch_argument_parser().parse_args(
-            ["--num-processes", "2", *arguments, str(folder)]
-        )
-        context = multiprocessing.get_context("fork")
-        self.process = context.Process(target=self._launch, args=(main, args))
-        self.process.start()
-
-    def _launch(self, main, args) -> None:
-        os.setsid()
-        log = os.open(self.folder / "log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-        launch(main, args, start_method="fork")
-
-    def wait_for_files(self, *names: str) -> None:
-        end = time.monotonic() + TIME_LIMIT
-        while not all((self.folder / name).exists() for name in names):
-            assert self.process.is_alive() and time.monotonic() < end, self.log()
-            time.sleep(0.02)
-
-    def exit_code(self) -> int:
-        self.process.join(TIME_LIMIT)
-        assert self.process.exitcode is not None, f"still running: {self.log()}"
-        assert not self.processes(), "a process is left over"
-        return self.process.exitcode
-
-    def processes(self) -> list[int]:
-        """Those of the session that are still alive."""
-        found = []
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
-            except OSError:  # it has just ended
-                continue
-            if int(session) == self.process.pid and state != "Z":
-                found.append(int(stat.parent.name))
-        return found
-
-    def log(self) -> str:
-        return (self.folder / "log").read_text()
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.setattr(launching, "GRACE", 0.5)
-    runs = []
-
-    def start(main, *arguments: str) -> Run:
-        runs.append(Run(main, tmp_path, *arguments))
-        return runs[-1]
-
-    yield start
-    for started in runs:
-        for pid in started.processes():
-            os.kill(pid, signal.SIGKILL)
-        started.process.join()
+from .conftest import TIME_LIMIT
 
 
 def sum_of_ranks(args) -> None:
@@ -160,60 +88,6 @@ def test_exit_code_of_the_first_that_failed(run):
     assert run(rank_1_exits).exit_code() == 3
 
 
-def train(args, how_rank_1_hangs) -> None:
-    for number in range(4):
-        with heartbeat.step():
-            heartbeat.beat()
-            if number == 3 and comm.get_rank() == 1:
-                how_rank_1_hangs()
-            heartbeat.beat()
-            comm.synchronize()
-
-
-def rank_1_sleeps(args) -> None:
-    train(args, lambda: time.sleep(TIME_LIMIT))
-
-
-def rank_1_freezes(args) -> None:
-    train(args, lambda: os.kill(os.getpid(), signal.SIGSTOP))
-
-
-@pytest.mark.parametrize("main", [rank_1_sleeps, rank_1_freezes])
-def test_hanging_process_ends_all(run, main):
-    started = run(main, "--hang-limit", "1")
-    assert started.exit_code() == heartbeat.EXIT_HUNG
-    assert started.log().count("error: ") == 1
-    assert "error: rank 1 of 2 hangs: no progress in a training step for 1 s" in started.log()
-    if main is rank_1_sleeps:
-        assert "rank 1 stands at:" in started.log() and "in rank_1_sleeps" in started.log()
-
-
-def rank_0_works_alone(args) -> None:
-    for _ in range(3):
-        with heartbeat.step():
-            comm.synchronize()
-    if comm.get_rank() == 0:  # as in evaluation
-        time.sleep(1.5)
-    with heartbeat.step():
-        comm.synchronize()
-
-
-def test_long_work_outside_of_steps_is_not_taken_for_hanging(run):
-    started = run(rank_0_works_alone, "--hang-limit", "0.5")
-    assert started.exit_code() == 0, started.log()
-
-
-def long_steps(args) -> None:
-    for seconds in (0.3, 0.3, 0.3, 2):
-        with heartbeat.step():
-            time.sleep(seconds)
-
-
-def test_limit_grows_with_the_duration_of_steps(run):
-    started = run(long_steps, "--hang-limit", "0.5")
-    assert started.exit_code() == 0, started.log()
-
-
 def same_error(args) -> None:
     raise UserError("no such file.")
 
@@ -258,6 +132,24 @@ def train_until_stopped(args) -> None:
                     time.sleep(0.3)
                 (folder / f"stopped{rank}").write_text(f"{number} {stop.reason}")
                 raise RunStopped
+
+
+def rank_0_is_slower(args) -> None:
+    pid = Path(args.opts[0], "pid")
+    if comm.get_rank() == 1:
+        pid.with_suffix(".new").write_text(str(os.getpid()))
+        pid.with_suffix(".new").rename(pid)
+        raise RunStopped
+    while not pid.exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    assert Path("/proc", pid.read_text(), "stat").read_text().split()[2] != "Z", "has ended"
+    raise RunStopped
+
+
+def test_processes_end_together(run):
+    """Otherwise torchrun would end the one that is still writing a checkpoint."""
+    assert run(rank_0_is_slower).exit_code() == os.EX_TEMPFAIL
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -309,6 +201,30 @@ def test_second_signal_ends_at_once(run, number):
         time.sleep(1.2)
     assert started.exit_code() == 128 + number
     assert "Traceback" not in started.log()
+
+
+def rank_1_raises_if_told(args) -> None:
+    sum_of_ranks(args)
+    if Path(args.opts[0], "raise").exists():
+        rank_1_raises(args)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_two_machines(run, tmp_path, fails):
+    if fails:
+        (tmp_path / "raise").touch()
+    arguments = ["--num-processes", "1", "--num-machines", "2", "--hang-limit", "1"]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        arguments += ["--dist-url", f"tcp://127.0.0.1:{server.getsockname()[1]}"]
+    machines = [
+        run(rank_1_raises_if_told, *arguments, "--machine-rank", rank) for rank in ("1", "0")
+    ]
+    assert [machine.exit_code() for machine in machines] == ([1, 1] if fails else [0, 0])
+    assert (tmp_path / "0").read_text() == "3 0 1 gloo"
+    assert (tmp_path / "1").read_text() == "3 0 1 gloo"
+    if fails:
+        assert machines[0].log().count("Traceback") == 1
+        assert "rank 1 of 2:\nTraceback" in machines[0].log()
 
 
 SCRIPT = """
