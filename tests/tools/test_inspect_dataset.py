@@ -81,14 +81,14 @@ def test_boxes_are_drawn_where_they_are(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(content))
     inspect_dataset.main([str(tmp_path / "a.json"), "--output", str(tmp_path / "out")])
     with Image.open(tmp_path / "out" / "a_samples.jpg") as picture:
-        pixels = np.asarray(picture).astype(int)
+        pixels = np.asarray(picture).astype(int)[picture.height // 10 :]  # below the title
     object = pixels.max(axis=2) < 60
     lines = pixels[..., 2] - pixels[..., 0] > 40
     for axis in (0, 1):
         (low, high), (first, last) = (
             np.flatnonzero(found.sum(axis=axis) > 20)[[0, -1]] for found in (object, lines)
         )
-        assert high - low > 0.3 * picture.size[axis]
+        assert high - low > 0.25 * picture.size[axis]
         assert (first, last) == pytest.approx((low, high), abs=4)
 
 
