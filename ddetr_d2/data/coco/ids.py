@@ -192,7 +192,7 @@ def _merge_names(
     for name, ids in by_name.items():
         used_ids = [id for id in ids if id in used]
         supers = {categories[id].supercategory for id in used_ids}
-        if len(used_ids) > 1 and len({str(value) for value in supers}) > 1:
+        if len({str(value) for value in supers}) > 1:
             both = " and ".join(f"{id!r} of {categories[id].supercategory!r}" for id in used_ids)
             raise UserError(
                 f"{source}: two classes are called {name!r}: the categories {both}; give them "
