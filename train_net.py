@@ -1,27 +1,34 @@
 #!/usr/bin/env python
-"""Train or evaluate Deformable DETR, with Detectron2's usual arguments."""
+"""Train or evaluate Deformable DETR, with Detectron2's usual arguments.
+
+Exit code: 0; 2 for a mistake that the user can mend; 75 for a training that was told to stop and
+wants to be resumed.
+"""
 
 import argparse
-import sys
+import contextlib
+import logging
 
 import torch
-from detectron2.checkpoint import Checkpointer
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from torch import nn
-from torch.multiprocessing import ProcessExitedException
 
-from ddetr_d2.checkpoint import read_class_names
-from ddetr_d2.data import infer_num_classes, register_datasets
+from ddetr_d2.checkpoint import newest_checkpoint, read_class_names
+from ddetr_d2.data import coco_set, infer_num_classes, register_datasets
+from ddetr_d2.data.report import short_report
 from ddetr_d2.engine import Trainer, setup_cfg
-from ddetr_d2.errors import UserError, exit_on_user_error
+from ddetr_d2.engine.launch import launch
+from ddetr_d2.engine.layout import launch_argument_parser
+from ddetr_d2.engine.output_folder import make_folder, output_folder
+from ddetr_d2.errors import UserError
+from ddetr_d2.main_process import on_main_process
 from ddetr_d2.modeling import prepare_for_inference
 
 
-def setup(args: argparse.Namespace) -> CfgNode:
-    """Configuration, data sets and logging of this run."""
+def configure(args: argparse.Namespace) -> CfgNode:
+    """The configuration, before the data sets are looked at."""
     if not args.config_file:
         raise UserError("--config-file is missing; give one, such as configs/deformable_detr.yaml.")
     cfg = setup_cfg(args.config_file, args.opts)
@@ -29,69 +36,69 @@ def setup(args: argparse.Namespace) -> CfgNode:
         cfg.DATASETS.TRAIN = ()  # evaluation needs none of its files
     elif not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name a data set, or give --eval-only.")
-    # Before the data sets are read, so that what was noticed stands in the log.
-    logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ddetr_d2")
-    classes = register_datasets(cfg, evaluated_classes(cfg, args) if args.eval_only else None)
-    cfg.MODEL.DEFORMABLE_DETR.NUM_CLASSES = infer_num_classes(cfg, classes)
-    cfg.freeze()
-    default_setup(cfg, args)
-    logger.info(
-        f"Running on {cfg.MODEL.DEVICE}, {torch.get_num_threads()} threads; "
-        f"{cfg.MODEL.DEFORMABLE_DETR.NUM_CLASSES} classes."
-    )
     return cfg
 
 
-def evaluated_classes(cfg: CfgNode, args: argparse.Namespace) -> list[str] | None:
-    """Class names of the weights that are going to be evaluated; None if they do not tell."""
-    checkpointer = Checkpointer(nn.Module(), cfg.OUTPUT_DIR)
-    if args.resume and checkpointer.has_checkpoint():
-        return read_class_names(checkpointer.get_checkpoint_file())
-    return read_class_names(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None
+def complete(cfg: CfgNode, args: argparse.Namespace, weights: str = "") -> None:
+    """Set up logging, read the data sets and put into ``cfg`` what they tell.
+
+    ``weights`` are those whose classes the data sets are matched with, if they name them.
+    """
+    rank = comm.get_rank()
+    # Before the data sets are read, so that what was noticed stands in the log.
+    logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="ddetr_d2")
+    classes = register_datasets(cfg, read_class_names(weights) if weights else None)
+    cfg.MODEL.DEFORMABLE_DETR.NUM_CLASSES = infer_num_classes(cfg, classes)
+    if cfg.SEED < 0 and not args.resume:  # a run that is resumed goes on with its own
+        cfg.SEED = comm.shared_random_seed() % 2**31
+    cfg.freeze()
+    default_setup(cfg, args)
+    logger.info(
+        f"Running on {cfg.MODEL.DEVICE}, {torch.get_num_threads()} threads; {len(classes)} classes."
+    )
+
+
+def train(cfg: CfgNode, args: argparse.Namespace) -> None:
+    with contextlib.ExitStack() as stack:
+        on_main_process(lambda: stack.enter_context(output_folder(cfg.OUTPUT_DIR)))
+        complete(cfg, args)
+        on_main_process(lambda: log_data(cfg))
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        trainer.train()
+
+
+def log_data(cfg: CfgNode) -> None:
+    """Log what is in the data sets, in short; ``tools/inspect_dataset.py`` says more."""
+    logger = logging.getLogger("ddetr_d2.data.report")
+    training, test = (
+        [found.annotations for name in names if (found := coco_set(name))]
+        for names in (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+    )
+    for line in short_report(training, test):
+        start, found, rest = line.partition("warning: ")
+        logger.log(logging.WARNING if found and not start else logging.INFO, rest or line)
+
+
+def evaluate(cfg: CfgNode, args: argparse.Namespace) -> None:
+    on_main_process(lambda: make_folder(cfg.OUTPUT_DIR))
+    weights = on_main_process(lambda: newest_checkpoint(cfg.OUTPUT_DIR)) if args.resume else ""
+    weights = weights or cfg.MODEL.WEIGHTS
+    if not weights:
+        raise UserError("nothing to evaluate: MODEL.WEIGHTS is empty; give a checkpoint.")
+    complete(cfg, args, weights)
+    model = Trainer.build_model(cfg)
+    Trainer.build_checkpointer(cfg, model, strict=True).load(weights, checkpointables=[])
+    Trainer.test(cfg, prepare_for_inference(model))
 
 
 def main(args: argparse.Namespace) -> None:
-    with exit_on_user_error():
-        cfg = setup(args)
-        if args.eval_only:
-            model = Trainer.build_model(cfg)
-            checkpointer = Trainer.build_checkpointer(cfg, model, strict=True)
-            if not cfg.MODEL.WEIGHTS and not (args.resume and checkpointer.has_checkpoint()):
-                raise UserError("nothing to evaluate: MODEL.WEIGHTS is empty; give a checkpoint.")
-            checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-            Trainer.test(cfg, prepare_for_inference(model))
-        else:
-            trainer = Trainer(cfg)
-            trainer.resume_or_load(resume=args.resume)
-            trainer.train()
-
-
-def check_devices(args: argparse.Namespace) -> None:
-    """Refuse more processes than there are GPUs before any of them starts."""
-    present = torch.cuda.device_count()
-    if args.num_gpus > max(present, 1):
-        raise UserError(
-            f"--num-gpus {args.num_gpus}, but this machine has {present} usable GPUs; "
-            f"give --num-gpus {max(present, 1)}."
-        )
-    if args.num_machines > 1 and not present:
-        raise UserError(f"--num-machines {args.num_machines} needs GPUs, but none is usable here.")
-    if args.num_machines > 1 and args.dist_url == "auto":
-        raise UserError("--dist-url auto is for one machine; give tcp://HOST:PORT of the first.")
+    cfg = configure(args)
+    if args.eval_only:
+        evaluate(cfg, args)
+    else:
+        train(cfg, args)
 
 
 if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
-    with exit_on_user_error():
-        check_devices(args)
-    try:
-        launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
-    except ProcessExitedException as error:  # the worker has said why
-        sys.exit(error.exit_code)
+    launch(main, launch_argument_parser().parse_args())

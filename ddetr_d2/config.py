@@ -59,8 +59,26 @@ def add_deformable_detr_config(cfg: CN) -> None:
     # Shortest sides before a random crop (INPUT.CROP), one of them chosen at random.
     cfg.INPUT.CROP.MIN_SIZE_TRAIN = (400, 500, 600)
 
+    # Share of the training images that may turn out to be unreadable before the run stops.
+    cfg.DATALOADER.MAX_UNREADABLE = 0.01
+
     cfg.SOLVER.OPTIMIZER = "AdamW"
     # Learning rates relative to BASE_LR: of the backbone, and of the linear layers that
     # predict sampling offsets and reference points.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
     cfg.SOLVER.SAMPLING_MULTIPLIER = 0.1
+    # Micro-batches that each process cuts its images of a step into: less memory, same gradients.
+    cfg.SOLVER.ACCUMULATE_STEPS = 1
+    # Stop after so many hours with a checkpoint and exit code 75, to be resumed; 0 for no limit.
+    cfg.SOLVER.MAX_HOURS = 0.0
+    # Steps in a row that may be left out because a loss or gradient is not finite; then the run
+    # stops and says why.
+    cfg.SOLVER.MAX_SKIPPED_STEPS = 0
+    # How many of the periodic checkpoints to keep, the newest ones; 0 for all.
+    cfg.SOLVER.CHECKPOINTS_KEPT = 0
+    # Keep the checkpoint of the highest AP as model_best.pth.
+    cfg.SOLVER.KEEP_BEST = False
+    # Exponential moving average of the weights, evaluated and saved beside the raw ones.
+    cfg.SOLVER.EMA = CN()
+    cfg.SOLVER.EMA.ENABLED = False
+    cfg.SOLVER.EMA.DECAY = 0.9997

@@ -16,7 +16,8 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from ddetr_d2.engine import Trainer
+from ddetr_d2.engine.optimizer import build_clipping, build_optimizer
+from ddetr_d2.engine.training_step import TrainingStep
 
 PARTS = {
     "backbone": "backbone",
@@ -26,7 +27,6 @@ PARTS = {
     "decoder and heads": "transformer.decoder",
 }
 OBJECTS = 10  # in each image of a training step
-SCALED_TYPES = {"cuda": torch.float16, "cpu": torch.bfloat16}
 
 
 def part_seconds(model: nn.Module, function: Run) -> dict[str, float]:
@@ -108,24 +108,16 @@ def training_step(
     """
     cfg = cfg.clone()
     cfg.SOLVER.AMP.ENABLED = amp
-    device = cfg.MODEL.DEVICE
     torch.manual_seed(0)
     model = build_model(cfg).train()
     if not channels_last:
         _use_channels_first(model)
-    optimizer = Trainer.build_optimizer(cfg, model)
-    scaler = torch.amp.GradScaler(device, enabled=amp and device == "cuda")
+    step = TrainingStep(
+        model, build_optimizer(cfg, model), build_clipping(cfg), mixed_precision=amp
+    )
     inputs = [_training_input(size, cfg.MODEL.DEFORMABLE_DETR.NUM_CLASSES) for _ in range(batch)]
 
-    def step() -> None:
-        optimizer.zero_grad()
-        with torch.autocast(device, SCALED_TYPES[device], enabled=amp):
-            loss = sum(model(inputs).values())
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-
-    return step
+    return lambda: step([inputs])
 
 
 def _use_channels_first(model: nn.Module) -> None:

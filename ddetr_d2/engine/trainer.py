@@ -2,58 +2,294 @@
 
 import logging
 import os
+import time
 import weakref
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import (
-    MetadataCatalog,
-    build_detection_test_loader,
-    build_detection_train_loader,
-)
+from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.data.build import filter_images_with_only_crowd_annotations
-from detectron2.engine import DefaultTrainer
-from detectron2.engine.hooks import HookBase
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
-from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, verify_results
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..checkpoint import DetrCheckpointer
 from ..data import DetrDatasetMapper, coco_set, load_records
+from ..data.loader import TrainLoader, build_train_loader
 from ..errors import UserError
 from ..evaluation import CocoBoxEvaluator
+from ..main_process import on_main_process
+from . import heartbeat
+from .best_checkpointer import BestCheckpointer
+from .not_finite import find_bad_module, images_of, write_step
+from .optimizer import build_clipping, build_optimizer
+from .output_folder import check_disk_space, checkpoint_bytes
+from .run_state import (
+    random_state,
+    restore_random_state,
+    restore_storage,
+    restore_torch_random_state,
+    storage_state,
+    torch_random_state,
+)
+from .stopping import RunStopped, StopRequest
+from .training_step import Batch, NotFiniteError, TrainingStep, unwrapped
 
-CLIP_TYPES = ("full_model", "norm", "value")
-OPTIMIZERS = {"AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD}
+logger = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
-    """Trains and evaluates :class:`ddetr_d2.modeling.DeformableDETR`."""
+    """Trains and evaluates :class:`ddetr_d2.modeling.DeformableDETR`.
+
+    :meth:`train` is the loop, :class:`TrainingStep` what happens in each of its steps. A run that
+    was interrupted and resumed is the same run as one that was not: see :meth:`save`.
+    """
 
     def __init__(self, cfg: CfgNode):
-        # Detectron2's AMP scales losses on a GPU; on a CPU bfloat16 needs autocast alone.
-        self._cpu_amp = cfg.SOLVER.AMP.ENABLED and torch.device(cfg.MODEL.DEVICE).type == "cpu"
-        if self._cpu_amp:
-            cfg = cfg.clone()
-            cfg.defrost()
-            cfg.SOLVER.AMP.ENABLED = False
-            cfg.freeze()
-        super().__init__(cfg)
-        write_metrics = self._trainer._write_metrics
-
-        def write_after_one_copy(losses: dict[str, torch.Tensor], *args, **kwargs) -> None:
-            # Detectron2 reads loss by loss, and each time waits for the GPU.
-            values = torch.stack([*losses.values()]).detach().cpu()
-            write_metrics(dict(zip(losses, values, strict=True)), *args, **kwargs)
-
-        self._trainer._write_metrics = write_after_one_copy
-
-    def build_hooks(self) -> list[HookBase]:
-        # The hooks keep the checkpointer they are given, so ours has to be in place first.
-        self.checkpointer = self.build_checkpointer(
-            self.cfg, self._trainer.model, trainer=weakref.proxy(self)
+        TrainerBase.__init__(self)  # DefaultTrainer's parts are built here, in its order
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        self._loader = self.build_train_loader(cfg)
+        self._trainer = TrainingStep(
+            _distributed(model),
+            optimizer,
+            build_clipping(cfg),
+            mixed_precision=cfg.SOLVER.AMP.ENABLED,
+            ema=_moving_average(cfg, model),
         )
-        return super().build_hooks()
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = self.build_checkpointer(cfg, model, trainer=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self._resumed: dict[str, Any] = {}  # what save() adds to a checkpoint
+        self._skipped = 0  # steps left out in a row
+        self._last_eval_results: dict[str, Any] | None = None
+        self.register_hooks(self.build_hooks())
+
+    def build_hooks(self) -> list[hooks.HookBase | None]:
+        """Detectron2's hooks. A checkpoint comes before the evaluation, which might fail."""
+        cfg = self.cfg
+        main = comm.is_main_process()
+        return [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(),
+            PeriodicSaving(cfg.SOLVER.CHECKPOINT_PERIOD),
+            hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self.evaluate),
+            BestCheckpointer(self.checkpointer) if main and cfg.SOLVER.KEEP_BEST else None,
+            hooks.PeriodicWriter(self.build_writers()) if main else None,
+        ]
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Continue from the last checkpoint in OUTPUT_DIR, or load MODEL.WEIGHTS."""
+        content = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if resume and self.checkpointer.has_checkpoint():
+            self.start_iter = self.iter + 1
+            self._resumed = content.get("run", {})
+        on_main_process(self._check_disk_space)
+
+    def _check_disk_space(self) -> None:
+        solver = self.cfg.SOLVER
+        size = checkpoint_bytes(
+            unwrapped(self.model), self.optimizer, copies=int(solver.EMA.ENABLED)
+        )
+        check_disk_space(
+            self.cfg.OUTPUT_DIR,
+            size,
+            iterations=range(self.start_iter, self.max_iter),
+            period=solver.CHECKPOINT_PERIOD,
+            keep=solver.CHECKPOINTS_KEPT,
+            best=solver.KEEP_BEST,
+        )
+
+    def train(self) -> dict[str, Any] | None:
+        """Train up to ``max_iter``.
+
+        Returns:
+            the results of the last evaluation.
+
+        Raises:
+            RunStopped: a signal or the time limit asked for it; a checkpoint has been written.
+            UserError: something the user can mend.
+        """
+        logger.info("Starting training from iteration %d", self.start_iter)
+        self.iter = self.start_iter
+        self._trainer.model.train()
+        with (
+            EventStorage(self.start_iter) as self.storage,
+            StopRequest(self.cfg.SOLVER.MAX_HOURS) as stop,
+        ):
+            self.before_train()
+            try:
+                self._continue_run()
+                batches = iter(self._loader)
+                for iteration in range(self.start_iter, self.max_iter):
+                    self.iter = iteration
+                    self.before_step()
+                    with heartbeat.step():
+                        self._run_step(batches)
+                    self.after_step()
+                    if stop.requested():
+                        self.save(f"model_{self.iter:07d}")
+                        logger.info("Stopped by %s; continue with --resume.", stop.reason)
+                        raise RunStopped
+                self.iter = self.max_iter
+                self.after_train()
+            except BaseException:
+                for hook in self._hooks:
+                    if isinstance(hook, hooks.PeriodicWriter):
+                        hook.after_train()
+                raise
+        if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
+            verify_results(self.cfg, self._last_eval_results)
+        return self._last_eval_results
+
+    def _run_step(self, batches: Iterator[list[Batch]]) -> None:
+        start = time.perf_counter()
+        micro_batches = next(batches)
+        try:
+            self._loader.unreadable.agree(comm.all_gather)
+        except UserError:
+            self._save_before()
+            raise
+        data_time = time.perf_counter() - start
+        before = torch_random_state()
+        try:
+            values = self._trainer(micro_batches)
+        except NotFiniteError as error:
+            self._skipped += 1
+            if self._skipped > self.cfg.SOLVER.MAX_SKIPPED_STEPS:
+                explained = self._explained(error, micro_batches, before)
+                self._save_before()
+                raise explained from error
+            logger.warning(
+                "Iteration %d is left out, its losses are not finite: %s", self.iter, error
+            )
+            return
+        self._skipped = 0
+        if comm.is_main_process():
+            self.storage.put_scalar("data_time", data_time)
+            self.storage.put_scalar("gradient_norm", values.pop("gradient_norm"))
+            self.storage.put_scalars(total_loss=sum(values.values()), **values)
+
+    def _explained(
+        self, error: NotFiniteError, micro_batches: list[Batch], before: dict[str, Any]
+    ) -> UserError:
+        """Find where the numbers go wrong, and write a file from which to repeat the step."""
+        restore_torch_random_state(before)
+        where = find_bad_module(self._trainer, micro_batches)
+        restore_torch_random_state(before)
+        rank = f"_{comm.get_rank()}" if comm.get_rank() else ""
+        path = os.path.join(self.cfg.OUTPUT_DIR, f"not_finite_{self.iter:07d}{rank}.pth")
+        write_step(
+            path,
+            self.cfg,
+            self._trainer,
+            micro_batches,
+            before,
+            iteration=self.iter,
+            values=error.values,
+        )
+        return UserError(
+            f"training has diverged: iteration {self.iter} gives numbers that are not finite, "
+            f"first in {where}, for the images {', '.join(images_of(micro_batches))}. Lower "
+            "SOLVER.BASE_LR, clip gradients more (SOLVER.CLIP_GRADIENTS), turn SOLVER.AMP.ENABLED "
+            "off, or leave such steps out (SOLVER.MAX_SKIPPED_STEPS). The step is repeated by "
+            f"tools/replay_step.py {path}"
+        )
+
+    def _save_before(self) -> None:
+        """Keep what was done until the step that failed."""
+        if self.iter > self.start_iter:
+            self.iter -= 1
+            self.save(f"model_{self.iter:07d}")
+            logger.info("Stopped; continue with --resume.")
+
+    def save(self, name: str, pending: bool = False) -> None:
+        """Write a checkpoint with everything that the run is; all processes call this together.
+
+        Weights, optimiser and schedule are Detectron2's part. Added are the place in the stream of
+        images, the random generators of every process and the figures not written yet. Resumed
+        from it, a run makes the same steps that it would have made.
+
+        Args:
+            name: of the file, without its ending.
+            pending: the hooks after :class:`PeriodicSaving` have not been called for this step.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        random_states = comm.gather(random_state())
+
+        def write() -> None:
+            run = {
+                "random_states": random_states,
+                "threads": torch.get_num_threads(),
+                "loader": self._loader.state_dict(self.iter + 1),
+                "storage": storage_state(self.storage, self._metrics_file),
+                "pending": pending,
+            }
+            self.checkpointer.save(name, iteration=self.iter, run=run)
+            if self._trainer.ema is not None and name == "model_final":
+                averaged = self.build_checkpointer(self.cfg, self._trainer.ema.module)
+                averaged.save("model_final_ema", newest=False, iteration=self.iter)
+
+        on_main_process(write)
+
+    def _continue_run(self) -> None:
+        """Restore what :meth:`save` has added to the checkpoint that is resumed."""
+        run = self._resumed
+        if not run:
+            self._loader.start_from(self.start_iter)
+            return
+        self._loader.load_state_dict(run["loader"])
+        logger.info("The run goes on with its seed, %d.", self._loader.seed)
+        if comm.is_main_process():
+            restore_storage(run["storage"], self.storage, self._metrics_file)
+        processes, threads = len(run["random_states"]), run["threads"]
+        if processes == comm.get_world_size():
+            restore_random_state(run["random_states"][comm.get_rank()])
+        else:
+            logger.warning(
+                "The run was started with %d processes and goes on with %d: its images are the "
+                "same, its dropout and the rounding of its sums are not.",
+                processes,
+                comm.get_world_size(),
+            )
+        if threads != torch.get_num_threads() and not self.cfg.MODEL.DEVICE.startswith("cuda"):
+            logger.warning(
+                "The run was started with %d threads and goes on with %d: sums are rounded "
+                "otherwise (OMP_NUM_THREADS).",
+                threads,
+                torch.get_num_threads(),
+            )
+        if run["pending"]:
+            self.iter = self.storage.iter = self.start_iter - 1
+            saving = [type(hook) for hook in self._hooks].index(PeriodicSaving)
+            for hook in self._hooks[saving + 1 :]:
+                hook.after_step()
+
+    def evaluate(self) -> dict[str, Any]:
+        """Evaluate the model, and the moving average of its weights if there is one."""
+        model = unwrapped(self.model)
+        if comm.get_world_size() > 1:  # statistics of batch normalisation differ
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, 0)
+        self._last_eval_results = dict(self.test(self.cfg, model))
+        if self._trainer.ema is not None:
+            logger.info("Evaluation of the moving average of the weights:")
+            self._last_eval_results["ema"] = self.test(self.cfg, self._trainer.ema.module)
+        return self._last_eval_results
+
+    @property
+    def _metrics_file(self) -> str:
+        return os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
 
     @staticmethod
     def build_checkpointer(cfg: CfgNode, model: nn.Module, **kwargs) -> DetrCheckpointer:
@@ -63,71 +299,29 @@ class Trainer(DefaultTrainer):
             found = coco_set(name)
             known = MetadataCatalog.get(name).get("thing_classes")
             classes = found.class_names if found else known
-        return DetrCheckpointer(model, cfg.OUTPUT_DIR, class_names=classes, **kwargs)
+        return DetrCheckpointer(
+            model, cfg.OUTPUT_DIR, class_names=classes, keep=cfg.SOLVER.CHECKPOINTS_KEPT, **kwargs
+        )
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """AdamW with three learning rates: backbone, sampling offsets and reference points, rest.
-
-        With SOLVER.CLIP_GRADIENTS.CLIP_TYPE ``full_model`` the norm of all gradients together is
-        clipped; Detectron2's own types work as well.
-        """
-        solver = cfg.SOLVER
-        if solver.OPTIMIZER not in OPTIMIZERS:
-            raise UserError(
-                f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; expected one of "
-                + ", ".join(OPTIMIZERS)
-            )
-
-        def lr_factor(name: str) -> float:
-            if name.startswith("backbone."):
-                return solver.BACKBONE_MULTIPLIER
-            if "sampling_offsets" in name or "reference_points" in name:
-                return solver.SAMPLING_MULTIPLIER
-            return 1.0
-
-        parameters = get_default_optimizer_params(
-            model,
-            base_lr=solver.BASE_LR,
-            weight_decay=solver.WEIGHT_DECAY,
-            lr_factor_func=lr_factor,
-        )
-        clip = solver.CLIP_GRADIENTS
-        if clip.ENABLED and clip.CLIP_TYPE not in CLIP_TYPES:
-            raise UserError(
-                f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}; expected one of "
-                + ", ".join(CLIP_TYPES)
-            )
-        clips_each = clip.ENABLED and clip.CLIP_TYPE != "full_model"
-        kwargs = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
-        # A fused step removes the scale of mixed precision by itself, without a word to the host,
-        # but Detectron2's clipping would come before.
-        kwargs["fused"] = not (solver.AMP.ENABLED and clips_each)
-        if solver.OPTIMIZER == "SGD":
-            kwargs |= {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
-        optimizer = OPTIMIZERS[solver.OPTIMIZER](parameters, **kwargs)
-        if clips_each or not clip.ENABLED:
-            return maybe_add_gradient_clipping(cfg, optimizer)
-
-        def clip_total_norm(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            norm = torch.nn.utils.get_total_norm(
-                [p.grad for p in parameters if p.grad is not None], clip.NORM_TYPE
-            )
-            scale = getattr(optimizer, "grad_scale", None)  # by which the fused step will divide
-            norm = norm if scale is None else norm / scale
-            torch.nn.utils.clip_grads_with_norm_(parameters, clip.CLIP_VALUE, norm)
-
-        optimizer.register_step_pre_hook(clip_total_norm)
-        return optimizer
+        """See :func:`ddetr_d2.engine.optimizer.build_optimizer`."""
+        return build_optimizer(cfg, model)
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode):
+    def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
+        """The images of the steps, this process's part of them."""
         records = [record for name in cfg.DATASETS.TRAIN for record in load_records(name)]
         if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
             records = filter_images_with_only_crowd_annotations(records)
-        mapper = DetrDatasetMapper(cfg, is_train=True)
-        return build_detection_train_loader(cfg, mapper=mapper, dataset=records)
+        return build_train_loader(
+            cfg,
+            records,
+            DetrDatasetMapper(cfg, is_train=True),
+            seed=comm.shared_random_seed() if cfg.SEED < 0 else cfg.SEED,
+            rank=comm.get_rank(),
+            world_size=comm.get_world_size(),
+        )
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
@@ -152,27 +346,35 @@ class Trainer(DefaultTrainer):
             output_dir=folder,
         )
 
-    def run_step(self) -> None:
-        self._step_is_done = False
-        with torch.autocast("cpu", torch.bfloat16, enabled=self._cpu_amp):
-            super().run_step()
-        self._step_is_done = True
 
-    def train(self):
-        """Train; a run that a user's mistake or Ctrl-C ends keeps its work in a checkpoint."""
-        self._step_is_done = False
-        # Detectron2 logs every exception with its traceback; a user's mistake needs none.
-        logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_user_error)
-        try:
-            return super().train()
-        except (UserError, KeyboardInterrupt):
-            done = self.iter if self._step_is_done else self.iter - 1
-            if done >= self.start_iter:
-                self.iter = done
-                self.checkpointer.save(f"model_{done:07d}", iteration=done)
-                logging.getLogger(__name__).info("Stopped; continue with --resume.")
-            raise
+class PeriodicSaving(hooks.HookBase):
+    """Writes ``model_0000099.pth`` and so on every ``period`` steps, and ``model_final.pth``."""
+
+    def __init__(self, period: int):
+        self._period = period
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done % self._period == 0:
+            self.trainer.save(f"model_{done - 1:07d}", pending=True)
+        if done == self.trainer.max_iter:
+            self.trainer.save("model_final", pending=True)
 
 
-def _is_no_user_error(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and isinstance(record.exc_info[1], UserError))
+def _distributed(model: nn.Module) -> nn.Module:
+    """The model in data parallelism, if there are several processes."""
+    batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    device = next(model.parameters()).device
+    return create_ddp_model(
+        model,
+        broadcast_buffers=batch_norm,
+        device_ids=None if device.type == "cpu" else [comm.get_local_rank()],
+    )
+
+
+def _moving_average(cfg: CfgNode, model: nn.Module) -> AveragedModel | None:
+    """An exponential moving average of the weights, if SOLVER.EMA says so."""
+    if not cfg.SOLVER.EMA.ENABLED:
+        return None
+    update = get_ema_multi_avg_fn(cfg.SOLVER.EMA.DECAY)
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)

@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-from detectron2.utils import comm
 from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou, sigmoid_focal_loss
 
@@ -11,20 +10,31 @@ from .matcher import HungarianMatcher, Matches, Target
 
 
 class SetCriterion(nn.Module):
-    """Focal loss on all queries; L1 and GIoU losses on the boxes of those matched to an object.
+    """Focal loss on all queries; L1 and GIoU losses on the boxes of those matched to an object."""
 
-    The weights and the focal constants are the matcher's: what is minimised is what is matched.
-    """
-
-    def __init__(self, matcher: HungarianMatcher):
+    def __init__(
+        self,
+        matcher: HungarianMatcher,
+        class_weight: float = 2.0,
+        l1_weight: float = 5.0,
+        giou_weight: float = 2.0,
+        focal_alpha: float = 0.25,
+        focal_gamma: float = 2.0,
+    ):
         super().__init__()
         self.matcher = matcher
+        self.class_weight = class_weight
+        self.l1_weight = l1_weight
+        self.giou_weight = giou_weight
+        self.focal_alpha = focal_alpha
+        self.focal_gamma = focal_gamma
 
     def forward(
         self,
         layers: list[Predictions],
         proposals: Predictions | None,
         targets: list[Target],
+        num_boxes: Tensor | float,
     ) -> dict[str, Tensor]:
         """Weighted losses by name.
 
@@ -34,8 +44,9 @@ class SetCriterion(nn.Module):
             proposals: the encoder's predictions (suffix ``_enc``), matched with all labels
                 set to class 0.
             targets: ground truth of each image.
+            num_boxes: number that the losses are divided by: of the boxes in the batch, averaged
+                over the workers.
         """
-        num_boxes = self._average_num_boxes(targets, layers[-1].boxes.device)
         groups = [(layers, targets)]
         suffixes = [f"_{index}" for index in range(len(layers) - 1)] + [""]
         if proposals is not None:
@@ -55,7 +66,7 @@ class SetCriterion(nn.Module):
         predictions: Predictions,
         matches: Matches,
         targets: list[Target],
-        num_boxes: Tensor,
+        num_boxes: Tensor | float,
         suffix: str,
     ) -> dict[str, Tensor]:
         labels = torch.cat([t.labels for t in targets])[matches.target]
@@ -65,9 +76,8 @@ class SetCriterion(nn.Module):
         logits = at_least_float(predictions.logits)
         wanted = torch.zeros_like(logits)
         wanted[matches.image, matches.query, labels] = 1.0
-        weights = self.matcher
         loss_class = sigmoid_focal_loss(
-            logits, wanted, weights.focal_alpha, weights.focal_gamma, reduction="sum"
+            logits, wanted, self.focal_alpha, self.focal_gamma, reduction="sum"
         )
         loss_l1 = F.l1_loss(matched, boxes, reduction="sum")
         # Pair by pair. torchvision's loss selects by a mask, for which the host waits for a GPU.
@@ -76,16 +86,7 @@ class SetCriterion(nn.Module):
             box_convert(boxes, "cxcywh", "xyxy")[:, None],
         )
         return {
-            f"loss_class{suffix}": weights.class_weight * loss_class / num_boxes,
-            f"loss_l1{suffix}": weights.l1_weight * loss_l1 / num_boxes,
-            f"loss_giou{suffix}": weights.giou_weight * (1 - giou).sum() / num_boxes,
+            f"loss_class{suffix}": self.class_weight * loss_class / num_boxes,
+            f"loss_l1{suffix}": self.l1_weight * loss_l1 / num_boxes,
+            f"loss_giou{suffix}": self.giou_weight * (1 - giou).sum() / num_boxes,
         }
-
-    @staticmethod
-    def _average_num_boxes(targets: list[Target], device: torch.device) -> Tensor:
-        """Boxes per worker, averaged over all workers, at least 1."""
-        number = float(sum(len(t.labels) for t in targets))
-        num_boxes = torch.full((), number, dtype=torch.float, device=device)  # does not wait for it
-        if comm.get_world_size() > 1:
-            torch.distributed.all_reduce(num_boxes)
-        return (num_boxes / comm.get_world_size()).clamp(min=1)

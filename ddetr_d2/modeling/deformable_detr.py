@@ -117,19 +117,18 @@ class DeformableDETR(nn.Module):
             # The last box layer starts from zeros and the size bias of its own head.
             for name in ("class_embed", "bbox_embed.0", "bbox_embed.3"):
                 _start_equal([head.get_submodule(name) for head in heads])
+        weights = (  # what is minimised is what is matched
+            node.CLASS_WEIGHT,
+            node.L1_WEIGHT,
+            node.GIOU_WEIGHT,
+            node.FOCAL_ALPHA,
+            node.FOCAL_GAMMA,
+        )
         return {
             "backbone": backbone,
             "projection": projection,
             "transformer": DeformableTransformer(encoder, queries, decoder),
-            "criterion": SetCriterion(
-                HungarianMatcher(
-                    node.CLASS_WEIGHT,
-                    node.L1_WEIGHT,
-                    node.GIOU_WEIGHT,
-                    node.FOCAL_ALPHA,
-                    node.FOCAL_GAMMA,
-                )
-            ),
+            "criterion": SetCriterion(HungarianMatcher(*weights), *weights),
             "in_features": node.IN_FEATURES,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
@@ -141,12 +140,16 @@ class DeformableDETR(nn.Module):
         """Where the model is; inputs are brought there."""
         return self.pixel_mean.device
 
-    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+    def forward(
+        self, batched_inputs: list[dict], num_boxes: Tensor | None = None
+    ) -> dict[str, Tensor] | list[dict]:
         """
         Args:
             batched_inputs: one dict per image as Detectron2's DatasetMapper makes it: ``image``
                 (3, H, W); ``instances`` with ``gt_boxes`` and ``gt_classes`` in training;
                 ``height`` and ``width`` of the wanted output otherwise.
+            num_boxes: number that the losses are divided by, see :class:`SetCriterion`; that of
+                these images by default, at least 1.
 
         Returns:
             In training a dict of losses, else ``[{"instances": Instances}]`` with
@@ -157,7 +160,9 @@ class DeformableDETR(nn.Module):
         layers, proposals = self.predict(images.tensor, self._padding_mask(images))
         if self.training:
             targets = [self._target(x["instances"]) for x in batched_inputs]
-            return self.criterion(layers, proposals, targets)
+            if num_boxes is None:
+                num_boxes = max(sum(len(target.labels) for target in targets), 1)
+            return self.criterion(layers, proposals, targets, num_boxes)
         return self.postprocess(layers[-1], batched_inputs, images.image_sizes)
 
     def predict(

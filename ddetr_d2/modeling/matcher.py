@@ -10,6 +10,9 @@ from torchvision.ops import box_convert, generalized_box_iou
 
 from .heads import Predictions, at_least_float
 
+# Cost of pairs whose own is not finite: above any other, and small enough to be added up.
+_WORST = 1e6
+
 
 class Target(NamedTuple):
     """Ground truth of one image with T objects.
@@ -66,10 +69,8 @@ class HungarianMatcher(nn.Module):
                 of the N images.
 
         Returns:
-            the matched pairs of each layer, one group after the other.
-
-        Raises:
-            FloatingPointError: if a cost is not finite.
+            the matched pairs of each layer, one group after the other. Pairs whose cost is not
+            finite are matched last, so that it is the loss that tells of them.
         """
         costs = [self._cost(layers, targets) for layers, targets in groups]
         flat = torch.cat([cost.flatten() for cost in costs]).cpu()
@@ -110,13 +111,7 @@ def _assign(costs: Tensor, sizes: list[int]) -> Matches:
     images, queries, matched = [], [], []
     first = 0
     for image, (cost, size) in enumerate(zip(costs, sizes, strict=True)):
-        cost = cost[:, :size]
-        if not cost.isfinite().all():
-            raise FloatingPointError(
-                "predictions are not finite (NaN or infinity), so they cannot be matched: the "
-                "training has diverged. Lower SOLVER.BASE_LR, clip gradients more "
-                "(SOLVER.CLIP_GRADIENTS), or turn SOLVER.AMP.ENABLED off."
-            )
+        cost = cost[:, :size].nan_to_num(_WORST, posinf=_WORST, neginf=_WORST)
         query, target = (torch.from_numpy(x) for x in linear_sum_assignment(cost.numpy()))
         images.append(torch.full_like(query, image))
         queries.append(query)

@@ -84,7 +84,14 @@ def test_images_without_objects_match_nothing():
     assert matches.query.numel() == 0
 
 
-def test_predictions_that_are_nan_are_explained():
-    layer = Predictions(torch.full((1, 4, 3), math.nan), random_boxes(1, 4).float())
-    with pytest.raises(FloatingPointError, match="SOLVER.BASE_LR"):
-        HungarianMatcher()(([layer], [Target(torch.tensor([0]), random_boxes(1).float())]))
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_predictions_that_are_not_finite_are_matched_last(value):
+    boxes = random_boxes(1, 4)
+    target = Target(torch.tensor([0, 1, 2]), boxes[0, :3].clone())
+    logits = torch.zeros(1, 4, 3, dtype=torch.float64)
+    boxes[0, 1] = value
+    (matches,) = HungarianMatcher()(([Predictions(logits, boxes)], [target]))
+    assert sorted(matches.query.tolist()) == [0, 2, 3]
+    assert dict(zip(matches.query.tolist(), matches.target.tolist(), strict=True))[0] == 0
+    (matches,) = HungarianMatcher()(([Predictions(logits * value, boxes * value)], [target]))
+    assert len(matches.query) == 3

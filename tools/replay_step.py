@@ -1,0 +1,75 @@
+#!/usr/bin/env python
+"""Repeat, on its own, a training step whose numbers were not finite.
+
+::
+
+    python tools/replay_step.py output/not_finite_0001234.pth
+
+A training that stops for such a step has written the file. The losses are printed, and where the
+first bad value appears. Keys of the configuration can be changed after the file, for example
+``SOLVER.AMP.ENABLED False`` to see whether the step is finite without mixed precision.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+
+from detectron2.modeling import build_model
+from tabulate import tabulate
+
+from ddetr_d2.checkpoint.files import read_file
+from ddetr_d2.engine.not_finite import find_bad_module, images_of, read_batch
+from ddetr_d2.engine.optimizer import build_clipping, build_optimizer
+from ddetr_d2.engine.run_state import restore_torch_random_state
+from ddetr_d2.engine.setup import setup_cfg
+from ddetr_d2.engine.training_step import NotFiniteError, TrainingStep
+from ddetr_d2.errors import UserError, exit_on_user_error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code: 1 if the step is not finite again."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("file", help="what the training has written")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
+    args = parser.parse_args(argv)
+    if not os.path.isfile(args.file):
+        raise UserError(f"{args.file} does not exist.")
+    content = read_file(args.file)
+    missing = {"config", "model", "batch", "random_state"} - set(content)
+    if missing:
+        raise UserError(f"{args.file} is no step: it has no {', '.join(sorted(missing))}.")
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as config:
+        config.write(content["config"])
+        config.flush()
+        cfg = setup_cfg(config.name, args.opts)
+    model = build_model(cfg).train()
+    model.load_state_dict(content["model"])
+    step = TrainingStep(
+        model,
+        build_optimizer(cfg, model),
+        build_clipping(cfg),
+        mixed_precision=cfg.SOLVER.AMP.ENABLED,
+    )
+    micro_batches = read_batch(content)
+    print(f"iteration {content['iteration']}, images {', '.join(images_of(micro_batches))}")
+    restore_torch_random_state(content["random_state"])
+    try:
+        values, code = step(micro_batches), 0
+    except NotFiniteError as error:
+        values, code = error.values, 1
+    then = content["values"]
+    print(tabulate([(n, then.get(n), v) for n, v in values.items()], ("", "in training", "now")))
+    if code:
+        model.load_state_dict(content["model"])
+        restore_torch_random_state(content["random_state"])
+        print(f"The first bad value: {find_bad_module(step, micro_batches)}.")
+    else:
+        print("The step is finite now.")
+    return code
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        sys.exit(main())
