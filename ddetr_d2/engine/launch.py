@@ -42,6 +42,8 @@ GRACE = 5
 ORDERLY_GRACE = 60
 # Seconds in which other processes may find the same mistake as this one.
 SAME_ERROR_SECONDS = 2
+# Seconds in which the launching process learns that a child was killed.
+KILLED_SECONDS = 0.5
 EXIT_USER_ERROR = 2
 
 
@@ -107,7 +109,7 @@ def _run_children(main: Main, args: argparse.Namespace, layout: Layout, start_me
         join=False,
         start_method=start_method,
     )
-    return _wait_for(context.processes, layout)
+    return _wait_for(context.processes, layout, dist.PrefixStore("failures", store))
 
 
 def _connect(host: str, port: int, is_server: bool) -> dist.TCPStore:
@@ -172,6 +174,8 @@ def _run(main: Main, args: argparse.Namespace, layout: Layout, store: dist.Store
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:
+        # The connection to a process that was killed is lost before anybody else knows of it.
+        time.sleep(KILLED_SECONDS)
         if _is_first(failures):
             print(f"rank {rank} of {layout.world_size}:", file=sys.stderr)
             traceback.print_exc()
@@ -235,7 +239,7 @@ def _print_once(failures: dist.Store, rank: int, world_size: int, message: str) 
     print(f"error: {which}{message}", file=sys.stderr, flush=True)
 
 
-def _wait_for(processes: list[BaseProcess], layout: Layout) -> int:
+def _wait_for(processes: list[BaseProcess], layout: Layout, failures: dist.Store) -> int:
     """Wait until all children have ended, pass signals on to them; returns the exit code."""
     received: list[float] = []  # times of the signals that are not the same signal once more
 
@@ -254,7 +258,7 @@ def _wait_for(processes: list[BaseProcess], layout: Layout) -> int:
     ranks = {process.sentinel: first_rank + i for i, process in enumerate(processes)}
     alive = {process.sentinel: process for process in processes}
     failed: tuple[int, int] | None = None  # rank and exit code of the first
-    code, kill_at, killed = 0, float("inf"), False
+    code, kill_at, killed, did_not_end = 0, float("inf"), False, False
     try:
         while alive:
             # Half a second, for a signal does not end the waiting.
@@ -265,10 +269,10 @@ def _wait_for(processes: list[BaseProcess], layout: Layout) -> int:
                     code = code or process.exitcode
                     kill_at = min(kill_at, time.monotonic() + ORDERLY_GRACE)
                 elif failed is None:
-                    failed = ranks[sentinel], process.exitcode
+                    failed, did_not_end = (ranks[sentinel], process.exitcode), killed
                     kill_at = min(kill_at, time.monotonic() + GRACE)
-                    if not received:
-                        _say_who_failed(*failed, layout.world_size, killed)
+                    if process.exitcode < 0:  # it could not say so itself
+                        _is_first(failures)
             if len(received) > 1:
                 kill_at = min(kill_at, received[1] + GRACE)
             if time.monotonic() > kill_at and not killed:
@@ -280,13 +284,15 @@ def _wait_for(processes: list[BaseProcess], layout: Layout) -> int:
             signal.signal(number, handler)
     if failed is None:
         return code
+    if not received:
+        _say_who_failed(*failed, layout.world_size, did_not_end)
     return failed[1] if failed[1] > 0 else 128 - failed[1]
 
 
-def _say_who_failed(rank: int, code: int, world_size: int, killed: bool) -> None:
+def _say_who_failed(rank: int, code: int, world_size: int, did_not_end: bool) -> None:
     if code in (EXIT_USER_ERROR, EXIT_HUNG):  # said already
         return
-    if killed:
+    if did_not_end:
         how = f"did not end within {ORDERLY_GRACE} s after the others and was killed"
     elif code < 0:
         how = f"was killed by {signal.Signals(-code).name}"

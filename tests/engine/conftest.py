@@ -70,7 +70,7 @@ class Run:
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    monkeypatch.setattr(launching, "GRACE", 0.5)
+    monkeypatch.setattr(launching, "GRACE", 1)
     runs = []
 
     def start(main, *arguments: str) -> Run:

@@ -69,13 +69,21 @@ def test_exception_ends_all_and_is_shown_with_its_rank(run):
 def rank_1_is_killed(args) -> None:
     if comm.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(TIME_LIMIT)  # does not even notice
+    if Path(args.opts[0], "unaware").exists():
+        time.sleep(TIME_LIMIT)
+    comm.synchronize()
 
 
-def test_killed_process_ends_all(run):
+@pytest.mark.parametrize("unaware", [False, True])
+def test_killed_process_ends_all(run, tmp_path, unaware):
+    if unaware:
+        (tmp_path / "unaware").touch()
     started = run(rank_1_is_killed)
     assert started.exit_code() == 128 + signal.SIGKILL
-    assert "error: rank 1 of 2 was killed by SIGKILL" in started.log()
+    assert "error: rank 1 of 2 was killed by SIGKILL" in started.log().splitlines()[-1]
+    assert "Traceback" not in started.log()
+    if not unaware:
+        assert "rank 0 failed too: RuntimeError" in started.log()
 
 
 def rank_1_exits(args) -> None:
