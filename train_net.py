@@ -32,6 +32,8 @@ def configure(args: argparse.Namespace) -> CfgNode:
     if not args.config_file:
         raise UserError("--config-file is missing; give one, such as configs/deformable_detr.yaml.")
     cfg = setup_cfg(args.config_file, args.opts)
+    if args.num_processes and cfg.MODEL.DEVICE.startswith("cuda"):
+        raise UserError("--num-processes is for CPUs: set MODEL.DEVICE cpu, or give --num-gpus.")
     if args.eval_only:
         cfg.DATASETS.TRAIN = ()  # evaluation needs none of its files
     elif not cfg.DATASETS.TRAIN:

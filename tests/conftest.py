@@ -1,12 +1,13 @@
 """Tiny synthetic data and a tiny model for tests of the whole."""
 
-import subprocess
-import sys
+import functools
 from pathlib import Path
 
 import pytest
 
 from ddetr_d2.data.synthetic import make_synthetic
+
+from .programs import run_program
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = [
@@ -58,12 +59,7 @@ def shapes_opts(shapes) -> list[str]:
     ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def train_net():
     """Run train_net.py with the given arguments; returns the finished process with its output."""
-
-    def run(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(ROOT / "train_net.py"), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-
-    return run
+    return functools.partial(run_program, ROOT / "train_net.py")

@@ -64,17 +64,14 @@ def test_amp_on_the_cpu(train_net, shapes_opts, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, shapes, shapes_opts):
+def trained(tmp_path_factory, train_net, shapes_opts):
     """A checkpoint of the tiny refined model after one step."""
-    import subprocess
-    import sys
-
     folder = tmp_path_factory.mktemp("trained")
-    subprocess.run(
-        [sys.executable, str(ROOT / "train_net.py"), *config("deformable_detr_refine"), *TINY,
-         *shapes_opts, "SOLVER.MAX_ITER", "1", "OUTPUT_DIR", str(folder)],
-        check=True, capture_output=True, cwd=ROOT,
+    run = train_net(
+        *config("deformable_detr_refine"), *TINY, *shapes_opts, "SOLVER.MAX_ITER", "1",
+        "OUTPUT_DIR", str(folder),
     )  # fmt: skip
+    assert run.returncode == 0, run.stderr
     return folder / "model_final.pth"
 
 
@@ -241,25 +238,35 @@ def test_evaluation_matches_classes_by_name(train_net, shapes, shapes_opts, trai
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_image_cut_short_during_training_loses_no_work(
+def test_an_image_cut_short_is_replaced_and_named(
     workers, train_net, shapes, shapes_opts, tmp_path
 ):
     folder = tmp_path / "shapes"
     shutil.copytree(shapes, folder)
-    damaged = sorted((folder / "train").iterdir())[0]
-    damaged.write_bytes(damaged.read_bytes()[:200])
+    damaged = sorted((folder / "train").iterdir())[:2]
+    damaged[0].write_bytes(damaged[0].read_bytes()[:2000])  # the header is whole
     opts = [option.replace(str(shapes), str(folder)) for option in shapes_opts]
-    run = train_net(
-        *config("deformable_detr"), *TINY, *opts, "OUTPUT_DIR", str(tmp_path / "out"), "SEED", "2",
-        "SOLVER.IMS_PER_BATCH", "1", "DATALOADER.NUM_WORKERS", workers,
-    )  # fmt: skip
-    assert_user_error(run, damaged.name)
-    steps = [json.loads(x) for x in (tmp_path / "out" / "metrics.json").read_text().splitlines()]
-    assert steps, "choose a SEED that does not draw the damaged image first"
-    last = (tmp_path / "out" / "last_checkpoint").read_text()
-    saved = torch.load(tmp_path / "out" / last, weights_only=True)
-    assert saved["iteration"] >= 0
-    assert "--resume" in run.stdout
+    opts += [*TINY, "SEED", "2", "DATALOADER.NUM_WORKERS", workers, "SOLVER.MAX_ITER", "4"]
+    out = tmp_path / "out"
+    run = train_net(*config("deformable_detr"), *opts, "OUTPUT_DIR", str(out))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("another image takes its place") == 1
+    (line,) = (out / "unreadable_images.txt").read_text().splitlines()
+    assert line.startswith(f"{damaged[0]}\t")
+
+    damaged[1].write_bytes(damaged[1].read_bytes()[:2000])
+    run = train_net(*config("deformable_detr"), *opts, "OUTPUT_DIR", str(tmp_path / "stopped"))
+    assert_user_error(run, "2 of the 4 training images cannot be used", "DATALOADER.MAX_UNREADABLE")
+
+
+def test_an_image_without_a_header_is_named_at_the_start(train_net, shapes, shapes_opts, tmp_path):
+    folder = tmp_path / "shapes"
+    shutil.copytree(shapes, folder)
+    damaged = sorted((folder / "train").iterdir())[0]
+    damaged.write_bytes(b"<html>404</html>")
+    opts = [option.replace(str(shapes), str(folder)) for option in shapes_opts]
+    run = train_net(*config("deformable_detr"), *TINY, *opts, "OUTPUT_DIR", str(tmp_path / "out"))
+    assert_user_error(run, "1 of 4 image files cannot be read", damaged.name)
 
 
 def test_overfits_four_images(train_net, tmp_path):

@@ -1,5 +1,6 @@
 """Detectron2's DefaultTrainer with the recipe of Deformable DETR (paper, appendix A.4)."""
 
+import contextlib
 import logging
 import os
 import time
@@ -128,17 +129,18 @@ class Trainer(DefaultTrainer):
             self.before_train()
             try:
                 self._continue_run()
-                batches = iter(self._loader)
-                for iteration in range(self.start_iter, self.max_iter):
-                    self.iter = iteration
-                    self.before_step()
-                    with heartbeat.step():
-                        self._run_step(batches)
-                    self.after_step()
-                    if stop.requested():
-                        self.save(f"model_{self.iter:07d}")
-                        logger.info("Stopped by %s; continue with --resume.", stop.reason)
-                        raise RunStopped
+                # The workers end with the iteration, also when a step fails.
+                with contextlib.closing(iter(self._loader)) as batches:
+                    for iteration in range(self.start_iter, self.max_iter):
+                        self.iter = iteration
+                        self.before_step()
+                        with heartbeat.step():
+                            self._run_step(batches)
+                        self.after_step()
+                        if stop.requested():
+                            self.save(f"model_{self.iter:07d}")
+                            logger.info("Stopped by %s; continue with --resume.", stop.reason)
+                            raise RunStopped
                 self.iter = self.max_iter
                 self.after_train()
             except BaseException:
@@ -153,6 +155,7 @@ class Trainer(DefaultTrainer):
     def _run_step(self, batches: Iterator[list[Batch]]) -> None:
         start = time.perf_counter()
         micro_batches = next(batches)
+        heartbeat.beat()
         try:
             self._loader.unreadable.agree(comm.all_gather)
         except UserError:
@@ -368,7 +371,7 @@ def _distributed(model: nn.Module) -> nn.Module:
     return create_ddp_model(
         model,
         broadcast_buffers=batch_norm,
-        device_ids=None if device.type == "cpu" else [comm.get_local_rank()],
+        device_ids=None if device.type == "cpu" else [torch.cuda.current_device()],
     )
 
 

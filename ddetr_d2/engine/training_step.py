@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from . import heartbeat
+
 Batch = list[dict[str, Any]]
 
 
@@ -83,7 +85,9 @@ class TrainingStep:
         for number, batch in enumerate(micro_batches, start=1):
             with self._synchronised(number == len(micro_batches)), self._autocast():
                 part = self.model(batch, num_boxes)
+            heartbeat.beat()
             self._scaler.scale(sum(part.values())).backward()
+            heartbeat.beat()
             names = list(part)
             losses = losses.to(num_boxes.device) + torch.stack([*part.values()]).detach()
         self._scaler.unscale_(self.optimizer)
