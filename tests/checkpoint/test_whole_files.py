@@ -166,7 +166,7 @@ def test_full_disk(size, tmp_path, capfd):
 
 def save_again_and_again(folder):
     for number in itertools.count():
-        tensors = {str(i): torch.full((100_000,), number) for i in range(8)}
+        tensors = {str(i): torch.full((20_000,), number) for i in range(8)}
         save_whole({"model": tensors, "iteration": number}, f"{folder}/a.pth")
 
 
