@@ -6,6 +6,7 @@ A server process has imported what the programs import, and each run is a fork o
 import contextlib
 import multiprocessing
 import os
+import random
 import runpy
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
 
 ROOT = Path(__file__).parent.parent
 _SERVER = multiprocessing.get_context("forkserver")
@@ -79,6 +82,8 @@ def _run(arguments: list[str], output: str, env: dict[str, str]) -> None:
         os.close(file)
     sys.stdout = os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", closefd=False, buffering=1)
+    random.seed()  # forks would have the same random numbers
+    np.random.seed()
     sys.argv = arguments
     sys.path[0] = os.path.dirname(arguments[0])
     try:

@@ -11,6 +11,8 @@ from detectron2.utils.events import EventStorage
 
 # Entries of each history that later medians are made of (Detectron2's window).
 _WINDOW = 20
+# Figures of the process, which are not those of the run.
+_TIMES = {"time", "data_time", "eta_seconds"}
 
 
 def torch_random_state() -> dict[str, Any]:
@@ -63,6 +65,8 @@ def restore_storage(state: dict[str, Any], storage: EventStorage, metrics_file: 
             for line in file:
                 written = max(written, json.loads(line)["iteration"])
     for name, values in state["histories"].items():
+        if name in _TIMES:
+            continue
         history = storage.histories()[name]
         value, iteration = state["latest"][name]
         waiting = iteration > written

@@ -114,22 +114,3 @@ class StopRequest:
                 signal.raise_signal(number)
         self._signal = self._signal or number
 
-
-def ignore_stop_signals() -> None:
-    """For a data loader's worker: the main process alone decides when to stop.
-
-    The terminal and Slurm send their signals to the workers as well, but the step under way needs
-    them. SIGTERM ends a worker if it comes from the main process, whose data loader uses it.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    # Only a signal that is waited for tells its sender.
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-
-    def wait_for_the_main_process() -> None:
-        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
-            pass
-        # With exit code 0: any other makes the data loader raise an error in the main process.
-        os._exit(0)
-
-    threading.Thread(target=wait_for_the_main_process, daemon=True).start()

@@ -1,16 +1,13 @@
 """Requests to stop a run of one process; those of several are in test_launch.py."""
 
 import multiprocessing
-import os
 import signal
-import subprocess
 import time
 
 import pytest
-from torch.utils.data import DataLoader
 
 from ddetr_d2.engine import stopping
-from ddetr_d2.engine.stopping import RunStopped, StopRequest, ignore_stop_signals
+from ddetr_d2.engine.stopping import RunStopped, StopRequest
 
 
 @pytest.mark.parametrize("number", stopping.SIGNALS)
@@ -69,60 +66,3 @@ def test_second_termination(monkeypatch):
     process.start()
     process.join(20)
     assert process.exitcode == -signal.SIGTERM
-
-
-class SlowNumbers:
-    def __len__(self) -> int:
-        return 20
-
-    def __getitem__(self, index: int) -> tuple[int, int]:
-        time.sleep(0.02)
-        return index, os.getpid()
-
-
-def read_while_signals_arrive(queue) -> None:
-    """Send all signals to the workers while they read; the data have to come all the same."""
-    loader = DataLoader(
-        SlowNumbers(),
-        batch_size=None,
-        num_workers=2,
-        worker_init_fn=lambda worker: ignore_stop_signals(),
-    )
-    with StopRequest():
-        seen = []
-        for index, worker in loader:
-            seen.append(index)
-            if index < 2:
-                # From another process, as SIGTERM from the main process ends a worker.
-                subprocess.run(["kill", "-s", "TERM", str(worker)], check=True)
-                os.kill(worker, signal.SIGINT)
-                os.kill(worker, signal.SIGUSR1)
-    queue.put(seen)
-
-
-def leave_workers_behind(queue) -> None:
-    """End in the middle of the data, as a run that stops does."""
-    loader = DataLoader(
-        SlowNumbers(),
-        batch_size=None,
-        num_workers=2,
-        persistent_workers=True,
-        worker_init_fn=lambda worker: ignore_stop_signals(),
-    )
-    global iterator
-    iterator = iter(loader)
-    queue.put(int(next(iterator)[0]))
-
-
-@pytest.mark.parametrize(
-    ("main", "result"),
-    [(read_while_signals_arrive, list(range(20))), (leave_workers_behind, 0)],
-)
-def test_workers_of_a_data_loader(main, result):
-    context = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-    process = context.Process(target=main, args=(queue,))
-    process.start()
-    process.join(20)
-    assert process.exitcode == 0
-    assert queue.get() == result
