@@ -90,7 +90,7 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """Continue from the last checkpoint in OUTPUT_DIR, or load MODEL.WEIGHTS."""
         content = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
-        if resume and self.checkpointer.has_checkpoint():
+        if self.checkpointer.resumed_from:
             self.start_iter = self.iter + 1
             self._resumed = content.get("run", {})
         on_main_process(self._check_disk_space)
