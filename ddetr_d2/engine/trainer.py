@@ -154,12 +154,15 @@ class Trainer(DefaultTrainer):
 
     def _run_step(self, batches: Iterator[list[Batch]]) -> None:
         start = time.perf_counter()
-        micro_batches = next(batches)
-        heartbeat.beat()
+        together = comm.get_world_size() == 1  # else the others know nothing of the error
         try:
+            micro_batches = next(batches)
+            heartbeat.beat()
+            together = True
             self._loader.unreadable.agree(comm.all_gather)
         except UserError:
-            self._save_before()
+            if together:
+                self._save_before()
             raise
         data_time = time.perf_counter() - start
         before = torch_random_state()
