@@ -27,6 +27,8 @@ from ddetr_d2.engine.setup import setup_cfg
 from ddetr_d2.engine.training_step import NotFiniteError, TrainingStep
 from ddetr_d2.errors import UserError, exit_on_user_error
 
+ENTRIES = {"config", "model", "batch", "random_state", "iteration", "values"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code: 1 if the step is not finite again."""
@@ -37,15 +39,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not os.path.isfile(args.file):
         raise UserError(f"{args.file} does not exist.")
     content = read_file(args.file)
-    missing = {"config", "model", "batch", "random_state"} - set(content)
+    missing = ENTRIES - set(content) if isinstance(content, dict) else ENTRIES
     if missing:
-        raise UserError(f"{args.file} is no step: it has no {', '.join(sorted(missing))}.")
+        raise UserError(
+            f"{args.file} is no step of a training: it has no {', '.join(sorted(missing))}. Give "
+            "a file not_finite_*.pth that train_net.py has written."
+        )
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as config:
         config.write(content["config"])
         config.flush()
         cfg = setup_cfg(config.name, args.opts)
     model = build_model(cfg).train()
-    model.load_state_dict(content["model"])
+    try:
+        model.load_state_dict(content["model"])
+    except RuntimeError as error:
+        raise UserError(
+            f"the model of {args.file} does not fit the configuration: "
+            f"{' '.join(str(error).split())[:300]}. Change no keys of its sizes."
+        ) from error
     step = TrainingStep(
         model,
         build_optimizer(cfg, model),
@@ -62,7 +73,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     then = content["values"]
     print(tabulate([(n, then.get(n), v) for n, v in values.items()], ("", "in training", "now")))
     if code:
-        model.load_state_dict(content["model"])
         restore_torch_random_state(content["random_state"])
         print(f"The first bad value: {find_bad_module(step, micro_batches)}.")
     else:

@@ -1,8 +1,9 @@
 """Where NaN and infinity come from, and a file from which the step is repeated on its own."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
@@ -15,42 +16,54 @@ def find_bad_module(step: TrainingStep, micro_batches: Sequence[Batch]) -> str:
     """Repeat a step of this process and tell, in words, where the first bad value appears.
 
     The generators have to be in the state that they had before the step, so that dropout is the
-    same. Weights do not change; gradients do.
+    same. The model does not change, but for its gradients.
     """
     model = unwrapped(step.model)
     for name, parameter in model.named_parameters():
         if not _is_finite(parameter):
             return f"the weights of {name}"
-    order: list[str] = []  # modules as they finish
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     bad: list[str] = []
 
-    def check(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
-            order.append(name)
-            if not bad and not all(map(_is_finite, _tensors(output))):
+    def check(name: str, tensors: Callable[..., Iterator[Tensor]]) -> Callable[..., None]:
+        """A hook that notes the name if it is the first with a bad tensor."""
+
+        def hook(*arguments: Any) -> None:
+            if not bad and not all(map(_is_finite, tensors(*arguments))):
                 bad.append(name)
 
         return hook
 
     handles = [
-        module.register_forward_hook(check(name)) for name, module in model.named_modules() if name
+        module.register_forward_hook(check(name, lambda module, inputs, output: _tensors(output)))
+        for name, module in model.named_modules()
+        if name
+    ]
+    # Called in the order of the backward pass.
+    handles += [
+        parameter.register_post_accumulate_grad_hook(
+            check(name, lambda parameter: _tensors(parameter.grad))
+        )
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
     ]
     try:
         losses = step.forward(micro_batches)
+        if bad:
+            return f"the output of {bad[0]}"
+        names = [name for name, loss in losses.items() if not _is_finite(loss)]
+        if names:
+            return f"the loss {names[0]}"
+        model.zero_grad()
+        sum(losses.values()).backward()
     finally:
         for handle in handles:
             handle.remove()
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
     if bad:
-        return f"the output of {bad[0]}"
-    names = [name for name, loss in losses.items() if not _is_finite(loss)]
-    if names:
-        return f"the loss {names[0]}"
-    model.zero_grad()
-    sum(losses.values()).backward()
-    for name in reversed(order):
-        for kind, parameter in model.get_submodule(name).named_parameters(recurse=False):
-            if parameter.grad is not None and not _is_finite(parameter.grad):
-                return f"the gradient of {name}.{kind}"
+        return f"the gradient of {bad[0]}"
     return "nothing that can be found again: the step is finite when it is repeated"
 
 

@@ -16,7 +16,7 @@ Batch = list[dict[str, Any]]
 
 
 class NotFiniteError(Exception):
-    """A loss or the norm of the gradients is NaN or infinite; the weights have not been changed.
+    """A loss or the norm of the gradients is NaN or infinite; the model has not been changed.
 
     Attributes:
         values: losses and norm by name.
@@ -61,6 +61,13 @@ class TrainingStep:
         self.ema = ema
         self._clip = clip
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        # A forward pass changes them, with whatever values it has.
+        self._statistics = [
+            buffer
+            for module in model.modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            for buffer in module.buffers()
+        ]
         self._device = self._parameters[0].device.type
         self._dtype = torch.float16 if self._device == "cuda" else torch.bfloat16
         self._mixed_precision = mixed_precision
@@ -79,6 +86,7 @@ class TrainingStep:
                 Then nothing has been updated.
         """
         num_boxes = average_num_boxes(micro_batches, self._parameters[0].device)
+        statistics = [buffer.clone() for buffer in self._statistics]
         self.optimizer.zero_grad()
         names: list[str] = []
         losses = torch.zeros(())
@@ -99,9 +107,11 @@ class TrainingStep:
         # The only time that the host waits for a GPU, after that for the matching.
         values = torch.cat([losses, norm.detach()[None].to(losses)]).cpu()
         result = dict(zip([*names, "gradient_norm"], values.tolist(), strict=True))
-        # Scaled gradients may overflow: the scaler leaves that step out and takes a smaller scale.
-        expected = values[:-1] if self._scaler.is_enabled() else values
-        if not expected.isfinite().all():
+        if not values.isfinite().all() and not self._overflow(values):
+            with torch.no_grad():
+                for buffer, value in zip(self._statistics, statistics, strict=True):
+                    buffer.copy_(value)
+            self._scaler.update()
             raise NotFiniteError(result)
         self._scaler.step(self.optimizer)
         self._scaler.update()
@@ -133,6 +143,13 @@ class TrainingStep:
             self._scaler.load_state_dict(state["grad_scaler"])
         if self.ema is not None and "ema" in state:
             self.ema.load_state_dict(state["ema"])
+
+    def _overflow(self, values: Tensor) -> bool:
+        """Whether it is the scale of the losses that makes ``values`` not finite.
+
+        Then the scaler leaves the step out and takes a smaller scale.
+        """
+        return bool(values[:-1].isfinite().all()) and self._scaler.get_scale() > 1.0
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._device, self._dtype, enabled=self._mixed_precision)
