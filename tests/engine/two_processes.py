@@ -1,0 +1,64 @@
+"""A program for tests: something done by two processes, which are forked to spare the imports.
+
+::
+
+    two_processes.py train ARGUMENTS OF train_net.py
+    two_processes.py steps FOLDER
+
+It is to be started by tests.programs: computing in a process that was forked from one that has
+computed can wait for ever.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+from detectron2.utils import comm
+
+from ddetr_d2.engine.launch import launch
+from ddetr_d2.engine.layout import launch_argument_parser
+from ddetr_d2.engine.trainer import _distributed
+from tests.conftest import ROOT, VARIANTS
+from tests.engine.steps import build, build_step, gradients, images
+
+# Numbers of boxes in the images of two steps; in the second, those of process 1 have none.
+BATCHES = ((2, 0, 3, 1), (1, 2, 0, 0))
+
+
+def two_steps(variant: str, micro_batches: int = 1) -> list[tuple[dict, dict]]:
+    """Losses and gradients of two steps, by this process with its part of the batches."""
+    # Float64: rounding must not decide between two equally good matches.
+    cfg, model = build(variant, "SOLVER.CLIP_GRADIENTS.ENABLED", "False", "SOLVER.BASE_LR", "0.0")
+    step = build_step(cfg, _distributed(model.double()))
+    share = 4 // comm.get_world_size()
+    size = share // micro_batches
+    results = []
+    for boxes in BATCHES:
+        batch = images(*boxes)[comm.get_rank() * share :][:share]
+        values = step([batch[i : i + size] for i in range(0, share, size)])
+        results.append((values, gradients(step.model)))
+    return results
+
+
+def steps(args) -> None:
+    """Write the results of all variants, and with two micro-batches of one, to a folder."""
+    results = {variant: two_steps(variant) for variant in VARIANTS}
+    results["accumulated"] = two_steps(VARIANTS[0], micro_batches=2)
+    torch.save(results, Path(args.opts[0], f"{comm.get_rank()}.pth"))
+
+
+def main() -> None:
+    what, *arguments = sys.argv[1:]
+    args = launch_argument_parser().parse_args(["--num-processes", "2", *arguments])
+    if what == "train":
+        spec = importlib.util.spec_from_file_location("train_net", ROOT / "train_net.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        launch(module.main, args, start_method="fork")
+    else:
+        launch(steps, args, start_method="fork")
+
+
+if __name__ == "__main__":
+    main()
