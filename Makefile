@@ -19,7 +19,7 @@ REQUIREMENTS := requirements-build.txt requirements.txt requirements-detectron2.
 ALIAS := $(wildcard third_party/detectron2/*.py third_party/detectron2/*.pth third_party/detectron2/*.toml)
 CSRC := $(sort $(shell find ddetr_d2/layers/csrc -type f 2>/dev/null))
 
-.PHONY: help setup demo test lint bench sanitize
+.PHONY: help setup demo test lint bench sanitize soak
 
 help:
 	@echo 'make demo   set up, train a small detector on synthetic images, evaluate it, draw detections'
@@ -27,6 +27,7 @@ help:
 	@echo 'make lint   set up, check format and style'
 	@echo 'make bench  set up, time the operator and the model beside others (CPU)'
 	@echo 'make sanitize  set up, test the CPU kernels under AddressSanitizer and UBSan'
+	@echo 'make soak   set up, train 2,000 steps on tiny images: does memory grow? (Linux, minutes)'
 	@echo 'make setup  install everything into $(VENV) and compile the operator'
 	@echo 'PYTHON=...  the Python (3.11 or newer) that $(VENV) is made with'
 
@@ -46,6 +47,9 @@ bench: $(COMPILED)
 
 sanitize: $(COMPILED)
 	PYTHON=$(PY) tools/sanitize.sh
+
+soak: $(COMPILED)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) tools/soak.py --output output/soak
 
 lint: $(INSTALLED)
 	$(PY) -m ruff format --check .
