@@ -89,6 +89,15 @@ def test_a_short_run(tmp_path, capsys):
     assert (tmp_path / "memory.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize(("slope", "code"), [(0.01, 0), (0.05, 1)])
+def test_the_exit_code_tells_of_processes_that_grow(slope, code, tmp_path, monkeypatch, capsys):
+    found = samples(main=lambda step: 500.0, worker=lambda step: 200 + slope * step)
+    monkeypatch.setattr(soak, "run_training", lambda args, output: found)
+    arguments = ["--output", str(tmp_path), "--early", "100", "--steps", "900"]
+    assert soak.main(arguments) == code
+    assert ("worker" in capsys.readouterr().err) == bool(code)
+
+
 def test_a_training_that_fails_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(UserError, match="exit code 1; see .*training.txt"):
