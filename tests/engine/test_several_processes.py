@@ -107,22 +107,6 @@ def test_evaluation_counts_every_image_once(trained, train_net, options, tmp_pat
     assert ap_together == ap_alone and len(ap_alone) == 1
 
 
-def test_every_process_evaluates_the_same_model(trained, train_net, options, tmp_path):
-    """Those of the batches that a process has seen are not the statistics of the checkpoint."""
-    run = train_net(
-        "--eval-only", *options, "MODEL.WEIGHTS", str(trained[1] / "model_final_ema.pth"),
-        "OUTPUT_DIR", str(tmp_path),
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    last, alone = detections(trained[1]), detections(tmp_path)  # of the moving average both
-    assert len(last) == len(alone)
-    for image in (1, 2, 3):
-        scores, expected = (
-            sorted(x["score"] for x in found if x["image_id"] == image) for found in (last, alone)
-        )
-        assert scores == pytest.approx(expected, rel=1e-4), image
-
-
 @pytest.fixture
 def interrupted(trained, tmp_path):
     """The folder as it was when the first of the two steps had been saved."""
@@ -130,6 +114,30 @@ def interrupted(trained, tmp_path):
     shutil.copytree(trained[1], folder, ignore=shutil.ignore_patterns("model_*1.pth", "model_f*"))
     (folder / "last_checkpoint").write_text("model_0000000.pth")
     return folder
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_every_process_evaluates_the_same_model(
+    ema, trained, interrupted, train_net, options, tmp_path
+):
+    """Batches that a process has seen alone have no part in the statistics that it evaluates."""
+    folder = trained[1]
+    if not ema:  # whose evaluation comes last
+        folder = interrupted
+        train_by_two("--resume", *options, "SOLVER.EMA.ENABLED", "False", "OUTPUT_DIR", str(folder))
+    weights = folder / ("model_final_ema.pth" if ema else "model_final.pth")
+    run = train_net(
+        "--eval-only", *options, "MODEL.WEIGHTS", str(weights), "OUTPUT_DIR", str(tmp_path / "1")
+    )
+    assert run.returncode == 0, run.stderr
+    together, alone = detections(folder), detections(tmp_path / "1")
+    assert len(together) == len(alone)
+    for image in (1, 2, 3):
+        scores, expected = (
+            sorted(x["score"] for x in found if x["image_id"] == image)
+            for found in (together, alone)
+        )
+        assert scores == pytest.approx(expected, rel=1e-4), image
 
 
 def test_resumed_by_as_many_processes(trained, options, interrupted):
