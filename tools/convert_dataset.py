@@ -26,6 +26,7 @@ Labels are read by ``supervision`` (https://supervision.roboflow.com).
 
 import argparse
 import json
+import os
 import random
 import re
 import shlex
@@ -46,6 +47,8 @@ with exit_on_user_error():
     except ImportError as error:
         raise UserError(f"{error}; this program needs it: pip install supervision") from error
 from dataset_folders import Objects, ReadLabel, Split, find_labels, note
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def to_coco(split: Split, objects: Sequence[Objects], classes: Sequence[str]) -> dict[str, Any]:
@@ -99,8 +102,21 @@ def training_command(output: Path, splits: Sequence[Split]) -> str:
         ("DATASETS.TEST", f'("{test}",)' if test else "()"),
         ("OUTPUT_DIR", f"output/{prefix}"),
     )
-    lines = ["python train_net.py --config-file configs/deformable_detr_refine.yaml"]
+    program = os.path.relpath(ROOT / "train_net.py")
+    config = os.path.relpath(ROOT / "configs" / "deformable_detr_refine.yaml")
+    lines = [f"python {shlex.quote(program)} --config-file {shlex.quote(config)}"]
     return " \\\n    ".join(lines + [f"{key} {shlex.quote(value)}" for key, value in options])
+
+
+def inspection_command(output: Path, splits: Sequence[Split]) -> str:
+    """The command that reports on the converted data set."""
+    program = os.path.relpath(ROOT / "tools" / "inspect_dataset.py")
+    words = ["python", program, str(output / f"{splits[0].name}.json")]
+    for split in splits[1:2]:
+        words += ["--test", str(output / f"{split.name}.json")]
+    for split in splits[:2]:
+        words += ["--images", str(split.folder)]
+    return shlex.join([*words, "--output", str(output / "report")])
 
 
 def detect_format(source: Path) -> str:
@@ -218,7 +234,8 @@ def convert(args: argparse.Namespace) -> None:
     print(f"{len(classes)} classes: {', '.join(classes[:10])}{', ...' * (len(classes) > 10)}")
     if len(splits) == 1:
         note("there is no set to evaluate on; --hold-out 0.1 sets a tenth of the images aside")
-    print(f"wrote {output}; train with\n\n{training_command(output, splits)}")
+    print(f"wrote {output}; look at it and train with\n")
+    print(f"{inspection_command(output, splits)}\n\n{training_command(output, splits)}")
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -100,6 +100,8 @@ class DetrCheckpointer(DetectionCheckpointer):
             if newest:
                 self.tag_last_checkpoint(file_name)
         except UserError as error:
+            if not self.has_checkpoint():
+                raise
             raise UserError(
                 f"{error} Older checkpoints are untouched; continue with --resume."
             ) from error

@@ -6,6 +6,7 @@ continued at any step, by any number of processes, each with any number of worke
 """
 
 import contextlib
+import gc
 import hashlib
 import logging
 import os
@@ -342,6 +343,8 @@ def _leave_signals_to_main_process(worker: int) -> None:
     Terminals and job schedulers send them to all processes at once. A worker that ended there and
     then would keep the main process from finishing its step.
     """
+    # What was inherited is left alone by the garbage collector, and so stays shared memory.
+    gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

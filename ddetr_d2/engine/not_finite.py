@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.structures import Boxes, Instances
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoint.whole_files import save_whole
 from .training_step import Batch, TrainingStep, unwrapped

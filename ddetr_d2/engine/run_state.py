@@ -1,18 +1,32 @@
 """What a run is beyond weights and optimiser: generators, and figures not written yet."""
 
+import functools
 import json
 import os
 import random
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.utils.events import EventStorage
+from fvcore.common.history_buffer import HistoryBuffer
 
 # Entries of each history that later medians are made of (Detectron2's window).
 _WINDOW = 20
 # Figures of the process, which are not those of the run.
 _TIMES = {"time", "data_time", "eta_seconds"}
+
+
+class RunStorage(EventStorage):
+    """Detectron2's storage of figures with a memory of the last steps only.
+
+    The longest window that its writers look at is that of the time left, 1,000 steps.
+    """
+
+    def __init__(self, start_iter: int = 0):
+        super().__init__(start_iter)
+        self._history = defaultdict(functools.partial(HistoryBuffer, max_length=1000))
 
 
 def torch_random_state() -> dict[str, Any]:

@@ -113,4 +113,3 @@ class StopRequest:
                 )
                 signal.raise_signal(number)
         self._signal = self._signal or number
-

@@ -15,7 +15,6 @@ from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, verify_results
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -31,6 +30,7 @@ from .not_finite import find_bad_module, images_of, write_step
 from .optimizer import build_clipping, build_optimizer
 from .output_folder import check_disk_space, checkpoint_bytes
 from .run_state import (
+    RunStorage,
     random_state,
     restore_random_state,
     restore_storage,
@@ -123,7 +123,7 @@ class Trainer(DefaultTrainer):
         self.iter = self.start_iter
         self._trainer.model.train()
         with (
-            EventStorage(self.start_iter) as self.storage,
+            RunStorage(self.start_iter) as self.storage,
             StopRequest(self.cfg.SOLVER.MAX_HOURS) as stop,
         ):
             self.before_train()
@@ -175,7 +175,7 @@ class Trainer(DefaultTrainer):
                 self._save_before()
                 raise explained from error
             logger.warning(
-                "Iteration %d is left out, its losses are not finite: %s", self.iter, error
+                "Iteration %d is left out, its numbers are not finite: %s", self.iter, error
             )
             return
         self._skipped = 0
@@ -240,6 +240,7 @@ class Trainer(DefaultTrainer):
                 "loader": self._loader.state_dict(self.iter + 1),
                 "storage": storage_state(self.storage, self._metrics_file),
                 "pending": pending,
+                "skipped": self._skipped,
             }
             self.checkpointer.save(name, iteration=self.iter, run=run)
             if self._trainer.ema is not None and name == "model_final":
@@ -255,6 +256,7 @@ class Trainer(DefaultTrainer):
             self._loader.start_from(self.start_iter)
             return
         self._loader.load_state_dict(run["loader"])
+        self._skipped = run["skipped"]
         logger.info("The run goes on with its seed, %d.", self._loader.seed)
         if comm.is_main_process():
             restore_storage(run["storage"], self.storage, self._metrics_file)
@@ -282,16 +284,33 @@ class Trainer(DefaultTrainer):
                 hook.after_step()
 
     def evaluate(self) -> dict[str, Any]:
-        """Evaluate the model, and the moving average of its weights if there is one."""
-        model = unwrapped(self.model)
-        if comm.get_world_size() > 1:  # statistics of batch normalisation differ
-            for buffer in model.buffers():
-                torch.distributed.broadcast(buffer, 0)
-        self._last_eval_results = dict(self.test(self.cfg, model))
+        """Evaluate the model, and the moving average of its weights if there is one.
+
+        Raises:
+            UserError: a test image cannot be read; the training until then is in a checkpoint.
+        """
+        try:
+            return self._evaluate()
+        except UserError as error:
+            if self.iter < self.max_iter and comm.get_world_size() == 1:
+                self.save(f"model_{self.iter:07d}", pending=True)
+            raise UserError(
+                f"the evaluation failed: {error}. What was trained is in a checkpoint: mend the "
+                "test set and continue with --resume"
+            ) from error
+
+    def _evaluate(self) -> dict[str, Any]:
+        results = dict(self.test(self.cfg, _same_everywhere(unwrapped(self.model))))
         if self._trainer.ema is not None:
             logger.info("Evaluation of the moving average of the weights:")
-            self._last_eval_results["ema"] = self.test(self.cfg, self._trainer.ema.module)
-        return self._last_eval_results
+            averaged = _same_everywhere(self._trainer.ema.module)
+            evaluators = [
+                self.build_evaluator(self.cfg, name, "inference_ema")
+                for name in self.cfg.DATASETS.TEST
+            ]
+            results["ema"] = self.test(self.cfg, averaged, evaluators)
+        self._last_eval_results = results
+        return results
 
     @property
     def _metrics_file(self) -> str:
@@ -338,9 +357,14 @@ class Trainer(DefaultTrainer):
         )
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """COCO's AP of boxes, with ``TEST.DETECTIONS_PER_IMAGE`` detections an image."""
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, folder: str = "inference"
+    ) -> DatasetEvaluator:
+        """COCO's AP of boxes, with ``TEST.DETECTIONS_PER_IMAGE`` detections an image.
+
+        Detections are written to ``folder`` in OUTPUT_DIR.
+        """
+        folder = os.path.join(cfg.OUTPUT_DIR, folder, dataset_name)
         found = coco_set(dataset_name)
         if found is None:
             return COCOEvaluator(dataset_name, tasks=("bbox",), output_dir=folder)
@@ -376,6 +400,14 @@ def _distributed(model: nn.Module) -> nn.Module:
         broadcast_buffers=batch_norm,
         device_ids=None if device.type == "cpu" else [torch.cuda.current_device()],
     )
+
+
+def _same_everywhere(model: nn.Module) -> nn.Module:
+    """Give all processes the statistics of batch normalisation that the main process has."""
+    if comm.get_world_size() > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
+    return model
 
 
 def _moving_average(cfg: CfgNode, model: nn.Module) -> AveragedModel | None:

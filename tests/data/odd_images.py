@@ -161,7 +161,10 @@ def tiff_on_its_side_annotated_as_stored(data):
     data.add(3, 1, [6, 5, 20, 12])
 
 
-@kind(boxes={**BOXES, "t.jpg": [("cat", [34, 23, 20, 12])]})
+@kind(
+    boxes={**BOXES, "t.jpg": [("cat", [34, 23, 20, 12])]},
+    said="1 images turned by EXIF data were taken as annotated upright",
+)
 def photograph_upside_down(data):
     """Nothing tells how it was annotated: upright, as nearly everywhere."""
     turned(data, 3, [6, 5, 20, 12], "PNG")

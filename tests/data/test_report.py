@@ -19,6 +19,7 @@ from ddetr_d2.data.report import (
     short_report,
 )
 from ddetr_d2.data.report import duplicates as duplicates_module
+from ddetr_d2.data.report.data_set import count_sizes
 
 
 def read(folder, name="train"):
@@ -50,12 +51,15 @@ def test_numbers_of_a_data_set(coco, cfg):
     report = describe(read(coco), cfg, "training")
     assert (report.images, report.images_without_objects) == (3, 1)
     assert (report.annotations, report.objects, report.crowds) == (8, 6, 1)
-    assert vars(report.sizes) == {"small": 3, "medium": 2, "large": 1}
+    # An area that is larger than the image is none.
+    assert vars(report.sizes) == {"small": 4, "medium": 2, "large": 0}
+    sizes = count_sizes(np.array([32**2 - 1, 32**2, 96**2 - 1, 96**2]))
+    assert vars(sizes) == {"small": 1, "medium": 2, "large": 1}
     assert [(c.name, c.objects, c.images, c.crowds) for c in report.classes] == [
         ("cat", 4, 2, 1),
         ("dog", 2, 2, 0),
     ]
-    assert vars(report.classes[0].sizes) == {"small": 2, "medium": 1, "large": 1}
+    assert vars(report.classes[0].sizes) == {"small": 3, "medium": 1, "large": 0}
     assert report.objects_beyond_image == 1
     assert report.repeated_objects == 1
     assert [(reason, left.count) for reason, left in report.left_out.items()] == [("are empty", 1)]

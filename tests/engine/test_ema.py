@@ -92,7 +92,6 @@ def test_saved_beside_the_weights(trained):
 def test_evaluated_beside_the_weights(trained, train_net, options, tmp_path):
     lines = [json.loads(line) for line in (trained / "metrics.json").read_text().splitlines()]
     assert {"bbox/AP", "ema/bbox/AP"} < set(lines[-1])
-    (file,) = trained.glob("inference/*/coco_instances_results.json")
     evaluated = {}
     for name in ("model_final", "model_final_ema"):
         folder = tmp_path / name
@@ -102,9 +101,11 @@ def test_evaluated_beside_the_weights(trained, train_net, options, tmp_path):
         )  # fmt: skip
         assert run.returncode == 0, run.stderr
         evaluated[name] = scores(next(folder.glob("inference/*/coco_instances_results.json")))
-    # The file is of the evaluation that came last.
-    assert scores(file) == pytest.approx(evaluated["model_final_ema"], rel=1e-3)
-    assert scores(file) != pytest.approx(evaluated["model_final"], rel=1e-3)
+    (raw,) = trained.glob("inference/*/coco_instances_results.json")
+    (averaged,) = trained.glob("inference_ema/*/coco_instances_results.json")
+    assert scores(raw) == pytest.approx(evaluated["model_final"], rel=1e-3)
+    assert scores(averaged) == pytest.approx(evaluated["model_final_ema"], rel=1e-3)
+    assert scores(averaged) != pytest.approx(evaluated["model_final"], rel=1e-3)
 
 
 def scores(file):

@@ -13,6 +13,7 @@ from PIL import Image
 from ddetr_d2.errors import UserError
 
 from ..conftest import ROOT, TINY
+from ..programs import run_program
 
 pytest.importorskip("supervision")
 TOOL = ROOT / "tools" / "convert_dataset.py"
@@ -123,9 +124,13 @@ def test_yolo_by_the_command_of_the_readme_and_training_by_the_printed_one(data,
     assert val["categories"] == categories
     assert boxes(val) == [("a.jpg", "zebra", 0, 0, 100, 50)]
 
-    printed = run.stdout.partition("train with\n\n")[2]
-    words = shlex.split(printed.replace("\\\n", " "))
-    assert words[:2] == ["python", "train_net.py"]
+    inspection, training = run.stdout.partition("train with\n\n")[2].split("\n\n")
+    words = shlex.split(inspection)
+    assert words[1].endswith("tools/inspect_dataset.py")
+    done = run_program(ROOT / words[1], *words[2:])
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(training.replace("\\\n", " "))
+    assert words[0] == "python" and words[1].endswith("train_net.py")
     run = train_net(
         *words[2:], *TINY, "SOLVER.MAX_ITER", "1", "OUTPUT_DIR", str(data.parent / "run")
     )

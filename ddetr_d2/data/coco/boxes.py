@@ -83,15 +83,18 @@ def _box_of_mask(value: dict) -> list[float] | None:
     return mask.toBbox(value).tolist()
 
 
-def read_areas(values: Sequence[Any], boxes: np.ndarray, changes: Counter[str]) -> np.ndarray:
-    """(B,) areas; width x height of the box (B, 4) where the file has none."""
+def read_areas(
+    values: Sequence[Any], boxes: np.ndarray, sizes: np.ndarray, changes: Counter[str]
+) -> np.ndarray:
+    """(B,) areas; width x height of the box (B, 4) where the file has none, or one that is larger
+    than the image of ``sizes`` (B, 2): COCO's evaluation would leave such an object out."""
     try:
         areas = np.array(values, dtype=float)
     except (TypeError, ValueError, OverflowError):
         areas = np.empty(0)
     if areas.shape != (len(values),):
         areas = np.array([number(value) for value in values])
-    absent = ~(np.isfinite(areas) & (areas > 0))
+    absent = ~((areas > 0) & (areas <= sizes.prod(axis=1)))
     if absent.any():
         changes["areas taken as width x height of the box"] += int(absent.sum())
     return np.where(absent, boxes[:, 2] * boxes[:, 3], areas)

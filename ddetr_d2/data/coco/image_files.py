@@ -82,6 +82,26 @@ def find_image_files(root: str, names: Sequence[str]) -> tuple[list[str | None],
     return paths, sum(paths[index] is not None for index in missing)
 
 
+def similar_files(root: str, names: Sequence[str]) -> dict[str, str]:
+    """What could be meant by names that no file has, in words: " (there are A.jpg and a.JPG)"."""
+    by_stem: dict[str, list[str]] = {}
+    for paths in _files_under(root).values():
+        for path in paths:
+            by_stem.setdefault(_stem(path), []).append(os.path.relpath(path, root))
+    hints = {}
+    for name in names:
+        found = sorted(by_stem.get(_stem(name), []))
+        if found:
+            verb = "is" if len(found) == 1 else "are"
+            hints[name] = f" (there {verb} {' and '.join(found[:2])})"
+    return hints
+
+
+def _stem(path: str) -> str:
+    """The folded name of a file without folders and ending."""
+    return os.path.splitext(_folded(re.split(r"[/\\]", unquote(path))[-1]))[0]
+
+
 def _files_under(root: str) -> dict[str, list[str]]:
     """All files under a local folder by their folded path relative to it."""
     known: dict[str, list[str]] = {}

@@ -12,8 +12,9 @@ def annotated_as_stored(
 ) -> list[bool]:
     """Which images were annotated as stored, and not upright, told by the annotated sizes.
 
-    Where the two have the same size (a square, a turn by 180 degrees, a reflection), the other
-    images of the data set decide: as stored, if some were annotated so and none upright.
+    Where that does not tell (no size is given, or the two have the same: a square, a turn by 180
+    degrees, a reflection), the other images of the data set decide: as stored, if some were
+    annotated so and none upright.
 
     Args:
         headers: of the image files.
@@ -26,7 +27,7 @@ def annotated_as_stored(
         as_upright = size == header.upright
         turned = header.orientation != 1
         stored.append(turned and as_stored and not as_upright)
-        unclear.append(turned and as_stored and as_upright)
+        unclear.append(turned and (size is None or (as_stored and as_upright)))
         upright |= turned and as_upright and not as_stored
     if any(stored) and not upright:
         return [a or b for a, b in zip(stored, unclear, strict=True)]

@@ -12,7 +12,7 @@ from ...errors import UserError
 from .annotations import CocoAnnotations, CocoImage, Id, LeftOut
 from .boxes import left_out, number, read_areas, read_boxes, read_crowds, usable
 from .ids import find_ids, unique_categories, unique_images, unrepeated
-from .image_files import ImageHeader, find_image_files, read_headers
+from .image_files import ImageHeader, find_image_files, read_headers, similar_files
 from .orientation import annotated_as_stored, turn_boxes
 from .rows import AnnotationRow, CocoSource, ImageRow, read_rows, short, shown
 
@@ -81,7 +81,8 @@ def read_annotations(source: CocoSource, crowds_are_objects: bool = False) -> Co
     if crowds_are_objects:
         result.crowd[:] = False
     kept = _keep_usable(result, annotations)
-    result.areas = read_areas([annotations[i].area for i in kept], result.boxes, changes)
+    areas = [annotations[i].area for i in kept]
+    result.areas = read_areas(areas, result.boxes, result.sizes(), changes)
     return result
 
 
@@ -161,11 +162,13 @@ def _paths(source: CocoSource, names: Sequence[str], changes: Counter[str]) -> l
             f"data set {source.name!r}: image folder {root} does not exist; {source.remedy}"
         )
     paths, changed = find_image_files(root, names)
-    missing = [shown(name) for name, path in zip(names, paths, strict=True) if path is None]
+    missing = [name for name, path in zip(names, paths, strict=True) if path is None]
     if missing:
+        hints = similar_files(root, missing[:3])
+        listed = [f"{shown(name)}{hints.get(name, '')}" for name in missing]
         raise UserError(
             f"{source}: {len(missing)} of {len(names)} image files are missing from the image "
-            f"folder {root}: {_first(missing)}"
+            f"folder {root}: {_first(listed)}; {source.remedy}"
         )
     if changed:
         changes["image files were found under a name written in another way"] += changed
@@ -222,6 +225,10 @@ def _images(
             changes["images were annotated without their EXIF orientation: boxes turned"] += sum(
                 stored
             )
+        turned = [(h, size) for h, size in zip(headers, sizes, strict=True) if h.orientation != 1]
+        told = any(size in (h[:2], h.upright) and h[:2] != h.upright for h, size in turned)
+        if turned and not told:
+            changes["images turned by EXIF data were taken as annotated upright"] += len(turned)
         sizes = [header.upright for header in headers]
     else:
         stored = [False] * len(rows)

@@ -80,7 +80,7 @@ def _repeated_boxes(annotations: CocoAnnotations, objects: Objects) -> str | Non
 
 def _unused_classes(annotations: CocoAnnotations) -> str | None:
     counts = np.bincount(annotations.category_index, minlength=len(annotations.categories))
-    if len(annotations.boxes) < len(counts) or counts.all():
+    if not len(annotations.boxes) or counts.all():
         return None
     names = list(annotations.categories.values())
     names = [names[index] for index in np.flatnonzero(counts == 0)]

@@ -7,8 +7,9 @@ from typing import Literal
 import numpy as np
 from detectron2.config import CfgNode
 
+from ...errors import UserError
 from ..augmentation import resized_shape
-from ..coco import CocoAnnotations
+from ..coco import CocoAnnotations, check_objects
 from ..coco.annotations import Id
 from ..coco.suspicions import find_suspicious, repeated_boxes
 
@@ -185,8 +186,18 @@ def describe(annotations: CocoAnnotations, cfg: CfgNode, role: Role) -> DataSetR
         images_over_queries=int((per_image > queries).sum()),
         images_over_detections=int((per_image > detections).sum()),
         resize=_resize_report(annotations, cfg, role),
-        suspicions=find_suspicious(annotations),
+        suspicions=_refusal(annotations, queries, role) + find_suspicious(annotations),
     )
+
+
+def _refusal(annotations: CocoAnnotations, queries: int, role: Role) -> list[str]:
+    """Why the data set cannot be used, if that is so."""
+    try:
+        check_objects(annotations, training=role == "training", max_objects=queries)
+    except UserError as error:
+        reason = str(error).removeprefix(f"{annotations.source}: ")
+        return [f"it is refused as a {role} set: {reason}"]
+    return []
 
 
 def count_sizes(areas: np.ndarray) -> CocoSizes:

@@ -179,7 +179,17 @@ def test_area_of_the_file_counts(coco, read):
 
 
 def test_no_areas_at_all():
-    assert read_areas([], np.zeros((0, 4)), {}).shape == (0,)
+    assert read_areas([], np.zeros((0, 4)), np.zeros((0, 2)), {}).shape == (0,)
+
+
+def test_areas_larger_than_the_image(coco, read):
+    """COCO's evaluation leaves objects of more than 1e10 pixels out: the AP would be NaN."""
+    coco.content["annotations"][0]["area"] = 1e11
+    coco.content["annotations"][1]["area"] = 60 * 40
+    coco.content["annotations"][2]["area"] = 30 * 50 + 1
+    annotations = read()
+    assert annotations.areas.tolist() == [200, 60 * 40, 30 * 50]
+    assert annotations.changes["areas taken as width x height of the box"] == 2
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Finding the image files of a data set, and reading their headers."""
 
 import os
+import shutil
 import sqlite3
 import struct
 import unicodedata
@@ -122,7 +123,16 @@ def test_missing_files(coco, refusal):
     coco.content["images"][1]["file_name"] = "no\nsuch/c.png"
     message = refusal()
     assert "2 of 3 image files are missing" in message
-    assert message.endswith(rf"{coco.images}: a.png, 'no\nsuch/c.png'")
+    assert message.endswith(rf"{coco.images}: a.png, 'no\nsuch/c.png'; correct the path")
+
+
+def test_files_of_similar_names_are_shown(coco, refusal):
+    (coco.images / "a.png").rename(coco.images / "A.png")
+    shutil.copy(coco.images / "A.png", coco.images / "a.PNG")
+    (coco.images / "b.png").rename(coco.images / "b.jpg")
+    message = refusal()
+    assert "2 of 3 image files are missing" in message
+    assert "a.png (there are A.png and a.PNG), b.png (there is b.jpg)" in message
 
 
 def test_unreadable_files(coco, refusal):
