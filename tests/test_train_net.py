@@ -259,6 +259,23 @@ def test_an_image_cut_short_is_replaced_and_named(
     assert_user_error(run, "2 of the 4 training images cannot be used", "DATALOADER.MAX_UNREADABLE")
 
 
+def test_an_evaluation_that_fails_keeps_the_training(train_net, shapes, shapes_opts, tmp_path):
+    folder = tmp_path / "shapes"
+    shutil.copytree(shapes, folder)
+    damaged = sorted((folder / "val").iterdir())[0]
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:2000])
+    opts = [option.replace(str(shapes), str(folder)) for option in shapes_opts]
+    opts += [*TINY, "TEST.EVAL_PERIOD", "2", "SOLVER.MAX_ITER", "3", "OUTPUT_DIR", str(tmp_path)]
+    run = train_net(*config("deformable_detr"), *opts)
+    assert_user_error(run, "the evaluation failed", damaged.name, "--resume")
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
+    damaged.write_bytes(whole)
+    run = train_net(*config("deformable_detr"), "--resume", *opts)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("Evaluation results for bbox") == 2  # that of iteration 2 is made up
+
+
 def test_an_image_without_a_header_is_named_at_the_start(train_net, shapes, shapes_opts, tmp_path):
     folder = tmp_path / "shapes"
     shutil.copytree(shapes, folder)
