@@ -43,7 +43,10 @@ def _draw_classes(axes: Axes, report: DataSetReport) -> None:
     shown = classes[:_MOST_CLASSES]
     axes.barh(range(len(shown)), [c.objects for c in shown], color=_BAR_COLOR)
     axes.set_yticks(range(len(shown)), [_shortened(c.name) for c in shown], fontsize=8)
-    set_label_fonts(axes.get_yticklabels())
+    labels = axes.get_yticklabels()
+    set_label_fonts(labels)
+    # An axis writes the labels anew when it is drawn.
+    axes.set_yticks(axes.get_yticks(), [label.get_text() for label in labels])
     axes.invert_yaxis()
     axes.set_xlabel("objects")
     hidden = len(classes) - len(shown)

@@ -15,6 +15,7 @@ from ddetr_d2.data import datasets
 from ddetr_d2.errors import UserError
 
 from ..conftest import ROOT
+from ..programs import run_program
 
 PROGRAM = ROOT / "tools" / "inspect_dataset.py"
 SPEC = importlib.util.spec_from_file_location("inspect_dataset", PROGRAM)
@@ -185,3 +186,14 @@ def test_suspicious_sets_are_no_error_and_mistakes_are(copied_shapes, capsys):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "give --images FOLDER" in done.stderr
+
+
+def test_class_names_without_a_font_are_said_once(copied_shapes, tmp_path):
+    path = copied_shapes / "train.json"
+    content = json.loads(path.read_text())
+    for category in content["categories"]:
+        category["name"] += "\N{EGYPTIAN HIEROGLYPH A001}"  # hardly anybody has a font with it
+    path.write_text(json.dumps(content))
+    done = run_program(PROGRAM, str(path), "--output", str(tmp_path / "report"))
+    assert done.returncode == 0, done.stderr
+    assert "Glyph" not in done.stderr
