@@ -254,6 +254,7 @@ class Trainer(DefaultTrainer):
         run = self._resumed
         if not run:
             self._loader.start_from(self.start_iter)
+            logger.info("The seed of the run is %d.", self._loader.seed)
             return
         self._loader.load_state_dict(run["loader"])
         self._skipped = run["skipped"]
