@@ -73,6 +73,8 @@ def run_program(script: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def _run(arguments: list[str], output: str, env: dict[str, str]) -> None:
+    # As in a program that a user starts; a fork of the server would have its method.
+    multiprocessing.set_start_method("fork", force=True)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(ROOT)

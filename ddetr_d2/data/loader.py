@@ -9,6 +9,7 @@ import contextlib
 import gc
 import hashlib
 import logging
+import multiprocessing
 import os
 import random
 import signal
@@ -325,16 +326,16 @@ def _worker_deaths_wait_for_the_next_batch() -> Iterator[None]:
     """Keep PyTorch from raising an error for a dead worker in the middle of a training step.
 
     Beginning to iterate, it sets a handler of SIGCHLD that raises it at once, wherever the main
-    process is. Without that, the error comes when the next batch is asked for.
+    process is; once in a process, so perhaps for a loader before this one. Without that, the error
+    comes when the next batch is asked for.
     """
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler = signal.getsignal(signal.SIGCHLD)
     try:
         yield
     finally:
-        signal.signal(signal.SIGCHLD, handler)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _leave_signals_to_main_process(worker: int) -> None:
@@ -343,12 +344,16 @@ def _leave_signals_to_main_process(worker: int) -> None:
     Terminals and job schedulers send them to all processes at once. A worker that ended there and
     then would keep the main process from finishing its step.
     """
+    main_process = multiprocessing.parent_process()
+    # PyTorch's workers notice when it is gone, but not if it went before they began.
+    if not main_process.is_alive():
+        os._exit(0)
     # What was inherited is left alone by the garbage collector, and so stays shared memory.
     gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_when_told_by, args=(main_process.pid,), daemon=True).start()
 
 
 def _end_when_told_by(parent: int) -> None:

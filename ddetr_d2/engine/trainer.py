@@ -287,9 +287,13 @@ class Trainer(DefaultTrainer):
     def evaluate(self) -> dict[str, Any]:
         """Evaluate the model, and the moving average of its weights if there is one.
 
+        Random generators are left as they were: what an evaluation draws from them depends on the
+        number of data workers.
+
         Raises:
             UserError: a test image cannot be read; the training until then is in a checkpoint.
         """
+        before = random_state()
         try:
             return self._evaluate()
         except UserError as error:
@@ -299,6 +303,8 @@ class Trainer(DefaultTrainer):
                 f"the evaluation failed: {error}. What was trained is in a checkpoint: mend the "
                 "test set and continue with --resume"
             ) from error
+        finally:
+            restore_random_state(before)
 
     def _evaluate(self) -> dict[str, Any]:
         results = dict(self.test(self.cfg, _same_everywhere(unwrapped(self.model))))

@@ -83,8 +83,10 @@ def cfg() -> CfgNode:
 def clean_catalogs():
     """Data sets registered by a test are gone after it."""
     functions, metadata = dict(DatasetCatalog.data), set(MetadataCatalog.data)
+    declared = dict(datasets._declared)
     yield
     datasets._declared.clear()
+    datasets._declared.update(declared)
     datasets._read.clear()
     DatasetCatalog.data.clear()
     DatasetCatalog.data.update(functions)

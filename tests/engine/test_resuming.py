@@ -14,7 +14,7 @@ from ddetr_d2.checkpoint.whole_files import PARTIAL
 from ..conftest import ROOT, TINY
 from ..programs import Program
 
-STEPS = 64
+STEPS = 80
 TIMES = {"time", "data_time", "eta_seconds", "rank_data_time"}
 SCRIPT = ROOT / "train_net.py"
 
@@ -91,7 +91,7 @@ def kill_at_some_moment(program, out, kind, chance):
 
     while program.process.is_alive() and not reached():
         time.sleep(0.0005)
-    time.sleep((chance.uniform(0, 1.5), 0, chance.uniform(0, 0.15))[kind])
+    time.sleep((chance.uniform(0, 0.5), 0, chance.uniform(0, 0.1))[kind])
     program.process.kill()
 
 

@@ -27,8 +27,10 @@ SPEC.loader.exec_module(inspect_dataset)
 def clean_catalogs():
     """Data sets registered by a test are gone after it."""
     functions, metadata = dict(DatasetCatalog.data), set(MetadataCatalog.data)
+    declared = dict(datasets._declared)
     yield
     datasets._declared.clear()
+    datasets._declared.update(declared)
     DatasetCatalog.data.clear()
     DatasetCatalog.data.update(functions)
     for name in set(MetadataCatalog.data) - metadata:
