@@ -12,11 +12,10 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.data.build import filter_images_with_only_crowd_annotations
-from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
+from detectron2.engine import DefaultTrainer, TrainerBase, hooks
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, verify_results
 from detectron2.utils import comm
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..checkpoint import DetrCheckpointer
 from ..data import DetrDatasetMapper, coco_set, load_records
@@ -29,6 +28,7 @@ from .best_checkpointer import BestCheckpointer
 from .not_finite import find_bad_module, images_of, write_step
 from .optimizer import build_clipping, build_optimizer
 from .output_folder import check_disk_space, checkpoint_bytes
+from .replicas import distributed, moving_average, same_everywhere
 from .run_state import (
     RunStorage,
     random_state,
@@ -58,11 +58,11 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         self._loader = self.build_train_loader(cfg)
         self._trainer = TrainingStep(
-            _distributed(model),
+            distributed(model),
             optimizer,
             build_clipping(cfg),
             mixed_precision=cfg.SOLVER.AMP.ENABLED,
-            ema=_moving_average(cfg, model),
+            ema=moving_average(cfg, model),
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = self.build_checkpointer(cfg, model, trainer=weakref.proxy(self))
@@ -307,10 +307,10 @@ class Trainer(DefaultTrainer):
             restore_random_state(before)
 
     def _evaluate(self) -> dict[str, Any]:
-        results = dict(self.test(self.cfg, _same_everywhere(unwrapped(self.model))))
+        results = dict(self.test(self.cfg, same_everywhere(unwrapped(self.model))))
         if self._trainer.ema is not None:
             logger.info("Evaluation of the moving average of the weights:")
-            averaged = _same_everywhere(self._trainer.ema.module)
+            averaged = same_everywhere(self._trainer.ema.module)
             evaluators = [
                 self.build_evaluator(self.cfg, name, "inference_ema")
                 for name in self.cfg.DATASETS.TEST
@@ -396,30 +396,3 @@ class PeriodicSaving(hooks.HookBase):
             self.trainer.save(f"model_{done - 1:07d}", pending=True)
         if done == self.trainer.max_iter:
             self.trainer.save("model_final", pending=True)
-
-
-def _distributed(model: nn.Module) -> nn.Module:
-    """The model in data parallelism, if there are several processes."""
-    batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    device = next(model.parameters()).device
-    return create_ddp_model(
-        model,
-        broadcast_buffers=batch_norm,
-        device_ids=None if device.type == "cpu" else [torch.cuda.current_device()],
-    )
-
-
-def _same_everywhere(model: nn.Module) -> nn.Module:
-    """Give all processes the statistics of batch normalisation that the main process has."""
-    if comm.get_world_size() > 1:
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, 0)
-    return model
-
-
-def _moving_average(cfg: CfgNode, model: nn.Module) -> AveragedModel | None:
-    """An exponential moving average of the weights, if SOLVER.EMA says so."""
-    if not cfg.SOLVER.EMA.ENABLED:
-        return None
-    update = get_ema_multi_avg_fn(cfg.SOLVER.EMA.DECAY)
-    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)

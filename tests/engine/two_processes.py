@@ -18,7 +18,7 @@ from detectron2.utils import comm
 
 from ddetr_d2.engine.launch import launch
 from ddetr_d2.engine.layout import launch_argument_parser
-from ddetr_d2.engine.trainer import _distributed
+from ddetr_d2.engine.replicas import distributed
 from tests.conftest import ROOT, VARIANTS
 from tests.engine.steps import build, build_step, gradients, images
 
@@ -30,7 +30,7 @@ def two_steps(variant: str, micro_batches: int = 1) -> list[tuple[dict, dict]]:
     """Losses and gradients of two steps, by this process with its part of the batches."""
     # Float64: rounding must not decide between two equally good matches.
     cfg, model = build(variant, "SOLVER.CLIP_GRADIENTS.ENABLED", "False", "SOLVER.BASE_LR", "0.0")
-    step = build_step(cfg, _distributed(model.double()))
+    step = build_step(cfg, distributed(model.double()))
     share = 4 // comm.get_world_size()
     size = share // micro_batches
     results = []
