@@ -1,6 +1,7 @@
 """Tiny synthetic data and a tiny model for tests of the whole."""
 
 import functools
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,12 @@ def shapes_opts(shapes) -> list[str]:
 def train_net():
     """Run train_net.py with the given arguments; returns the finished process with its output."""
     return functools.partial(run_program, ROOT / "train_net.py")
+
+
+@pytest.fixture(scope="session")
+def replay_step():
+    """Main function of tools/replay_step.py."""
+    spec = importlib.util.spec_from_file_location("replay_step", ROOT / "tools" / "replay_step.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main

@@ -6,8 +6,11 @@
     python tools/replay_step.py output/not_finite_0001234.pth
 
 A training that stops for such a step has written the file. The losses are printed, and where the
-first bad value appears. Keys of the configuration can be changed after the file, for example
-``SOLVER.AMP.ENABLED False`` to see whether the step is finite without mixed precision.
+first bad value appears. A step of several processes is repeated by one, which takes the images of
+all of them, part after part: the losses agree up to rounding.
+
+Keys of the configuration can be changed after the file, for example ``SOLVER.AMP.ENABLED False`` to
+see whether the step is finite without mixed precision.
 """
 
 import argparse
@@ -20,14 +23,18 @@ from detectron2.modeling import build_model
 from tabulate import tabulate
 
 from ddetr_d2.checkpoint.files import read_file
-from ddetr_d2.engine.not_finite import find_bad_module, images_of, read_batch
+from ddetr_d2.engine.not_finite import (
+    find_bad_module,
+    images_of,
+    read_batch,
+    restore_random_states,
+)
 from ddetr_d2.engine.optimizer import build_clipping, build_optimizer
-from ddetr_d2.engine.run_state import restore_torch_random_state
 from ddetr_d2.engine.setup import setup_cfg
 from ddetr_d2.engine.training_step import NotFiniteError, TrainingStep
 from ddetr_d2.errors import UserError, exit_on_user_error
 
-ENTRIES = {"config", "model", "batch", "random_state", "iteration", "values"}
+ENTRIES = {"config", "model", "batch", "random_states", "iteration", "values"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     micro_batches = read_batch(content)
     print(f"iteration {content['iteration']}, images {', '.join(images_of(micro_batches))}")
-    restore_torch_random_state(content["random_state"])
+    restore_random_states(model, content)
     try:
         values, code = step(micro_batches), 0
     except NotFiniteError as error:
@@ -73,8 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     then = content["values"]
     print(tabulate([(n, then.get(n), v) for n, v in values.items()], ("", "in training", "now")))
     if code:
-        restore_torch_random_state(content["random_state"])
-        print(f"The first bad value: {find_bad_module(step, micro_batches)}.")
+        print(f"The first bad value: {find_bad_module(step, micro_batches).text}.")
     else:
         print("The step is finite now.")
     return code

@@ -24,8 +24,8 @@ from ..errors import UserError
 from ..evaluation import CocoBoxEvaluator
 from ..main_process import on_main_process
 from . import heartbeat
-from .best_checkpointer import BestCheckpointer
-from .not_finite import find_bad_module, images_of, write_step
+from .hooks import BestCheckpointer, PeriodicSaving
+from .not_finite import explain
 from .optimizer import build_clipping, build_optimizer
 from .output_folder import check_disk_space, checkpoint_bytes
 from .replicas import distributed, moving_average, same_everywhere
@@ -34,7 +34,6 @@ from .run_state import (
     random_state,
     restore_random_state,
     restore_storage,
-    restore_torch_random_state,
     storage_state,
     torch_random_state,
 )
@@ -171,7 +170,9 @@ class Trainer(DefaultTrainer):
         except NotFiniteError as error:
             self._skipped += 1
             if self._skipped > self.cfg.SOLVER.MAX_SKIPPED_STEPS:
-                explained = self._explained(error, micro_batches, before)
+                explained = explain(
+                    error, self.cfg, self._trainer, micro_batches, before, self.iter
+                )
                 self._save_before()
                 raise explained from error
             logger.warning(
@@ -183,32 +184,6 @@ class Trainer(DefaultTrainer):
             self.storage.put_scalar("data_time", data_time)
             self.storage.put_scalar("gradient_norm", values.pop("gradient_norm"))
             self.storage.put_scalars(total_loss=sum(values.values()), **values)
-
-    def _explained(
-        self, error: NotFiniteError, micro_batches: list[Batch], before: dict[str, Any]
-    ) -> UserError:
-        """Find where the numbers go wrong, and write a file from which to repeat the step."""
-        restore_torch_random_state(before)
-        where = find_bad_module(self._trainer, micro_batches)
-        restore_torch_random_state(before)
-        rank = f"_{comm.get_rank()}" if comm.get_rank() else ""
-        path = os.path.join(self.cfg.OUTPUT_DIR, f"not_finite_{self.iter:07d}{rank}.pth")
-        write_step(
-            path,
-            self.cfg,
-            self._trainer,
-            micro_batches,
-            before,
-            iteration=self.iter,
-            values=error.values,
-        )
-        return UserError(
-            f"training has diverged: iteration {self.iter} gives numbers that are not finite, "
-            f"first in {where}, for the images {', '.join(images_of(micro_batches))}. Lower "
-            "SOLVER.BASE_LR, clip gradients more (SOLVER.CLIP_GRADIENTS), turn SOLVER.AMP.ENABLED "
-            "off, or leave such steps out (SOLVER.MAX_SKIPPED_STEPS). The step is repeated by "
-            f"tools/replay_step.py {path}"
-        )
 
     def _save_before(self) -> None:
         """Keep what was done until the step that failed."""
@@ -382,17 +357,3 @@ class Trainer(DefaultTrainer):
             max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
             output_dir=folder,
         )
-
-
-class PeriodicSaving(hooks.HookBase):
-    """Writes ``model_0000099.pth`` and so on every ``period`` steps, and ``model_final.pth``."""
-
-    def __init__(self, period: int):
-        self._period = period
-
-    def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        if done % self._period == 0:
-            self.trainer.save(f"model_{done - 1:07d}", pending=True)
-        if done == self.trainer.max_iter:
-            self.trainer.save("model_final", pending=True)

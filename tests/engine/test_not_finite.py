@@ -14,6 +14,7 @@ from ddetr_d2.engine.training_step import NotFiniteError, TrainingStep
 from ddetr_d2.errors import UserError
 
 from ..conftest import ROOT, TINY
+from ..programs import run_program
 from .steps import build, build_step, copy_of_state, images
 
 
@@ -65,7 +66,7 @@ def test_nothing_changes_and_the_first_bad_place_is_found(spoil, where):
     with pytest.raises(NotFiniteError) as error:
         step([batch[:2], batch[2:]])
     assert not torch.tensor([*error.value.values.values()]).isfinite().all()
-    assert find_bad_module(step, [batch[:2], batch[2:]]).startswith(where)
+    assert find_bad_module(step, [batch[:2], batch[2:]]).text.startswith(where)
     assert not any(module._forward_hooks for module in model.backbone.modules())
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, model_before[name], rtol=0, atol=0)
@@ -152,3 +153,46 @@ def test_too_many_steps_in_a_row(monkeypatch, trainer, tmp_path):
     assert len(weights) == 4
     kept = torch.load(tmp_path / "model_0000002.pth", weights_only=True)
     torch.testing.assert_close(kept["model"], weights[-1], rtol=0, atol=0)
+
+
+def stopped_run_of_two(trainer, options, folder):
+    """Message and written step of a run by two processes, each with two micro-batches of one."""
+    run = run_program(
+        ROOT / "tests" / "engine" / "two_processes.py", trainer, *CONFIG, *TINY, *options,
+        "SOLVER.MAX_ITER", "5", "SOLVER.IMS_PER_BATCH", "4", "SOLVER.ACCUMULATE_STEPS", "2",
+        "SEED", "3", "OUTPUT_DIR", str(folder),
+    )  # fmt: skip
+    assert run.returncode == 2, run.stderr
+    (message,) = messages(run)
+    (file,) = folder.glob("not_finite_*.pth")
+    assert str(file) in message
+    content = torch.load(file, weights_only=True)
+    assert [len(batch) for batch in content["batch"]] == [1, 1, 1, 1]
+    names = [batch[0]["file_name"] for batch in content["batch"]]
+    assert len(set(names)) == 4 and ", ".join(names) in message
+    return message, file, content
+
+
+def test_two_processes_give_one_report(shapes_opts, tmp_path, replay_step, capsys):
+    message, file, content = stopped_run_of_two("nan_image", shapes_opts, tmp_path)
+    assert message.startswith(
+        "error: training has diverged: iteration 1 gives numbers that are not finite, first in the "
+        "output of backbone.stem.conv1.norm of rank 1, for the images "
+    )
+    finite = [bool(batch[0]["image"].isfinite().all()) for batch in content["batch"]]
+    assert finite == [True, True, True, False]
+    assert (tmp_path / "model_0000000.pth").exists()
+    assert replay_step([str(file)]) == 1
+    assert "The first bad value: the output of backbone.stem.conv1.norm." in capsys.readouterr().out
+
+
+def test_one_process_repeats_the_step_of_two(shapes_opts, tmp_path, replay_step, capsys):
+    """Dropout included: each process has random numbers of its own."""
+    message, file, content = stopped_run_of_two("nan_gradient", shapes_opts, tmp_path)
+    assert "the gradient of transformer.encoder.layers.0.ffn.linear2.bias of rank 1, for" in message
+    states = [state["torch"] for state in content["random_states"]]
+    assert len(states) == 2 and not states[0].equal(states[1])
+    assert replay_step([str(file)]) == 0  # what made the gradient bad is not in the file
+    losses = {name: value for name, value in content["values"].items() if "loss" in name}
+    printed = [line.split() for line in capsys.readouterr().out.splitlines() if "loss_" in line]
+    assert {name: float(now) for name, _, now in printed} == pytest.approx(losses, rel=1e-4)

@@ -3,6 +3,8 @@
 ::
 
     two_processes.py train ARGUMENTS OF train_net.py
+    two_processes.py nan_image ARGUMENTS OF train_net.py
+    two_processes.py nan_gradient ARGUMENTS OF train_net.py
     two_processes.py steps FOLDER
 
 It is to be started by tests.programs: computing in a process that was forked from one that has
@@ -10,6 +12,7 @@ computed can wait for ever.
 """
 
 import importlib.util
+import itertools
 import sys
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from detectron2.utils import comm
 from ddetr_d2.engine.launch import launch
 from ddetr_d2.engine.layout import launch_argument_parser
 from ddetr_d2.engine.replicas import distributed
+from ddetr_d2.engine.trainer import Trainer
 from tests.conftest import ROOT, VARIANTS
 from tests.engine.steps import build, build_step, gradients, images
 
@@ -48,13 +52,47 @@ def steps(args) -> None:
     torch.save(results, Path(args.opts[0], f"{comm.get_rank()}.pth"))
 
 
+class NanImage(Trainer):
+    """The first image of rank 1's second micro-batch in iteration 1 has no finite pixel."""
+
+    @classmethod
+    def build_model(cls, cfg):
+        model = super().build_model(cfg)
+        passes = itertools.count()
+
+        def spoil(module, inputs):
+            if next(passes) == 3:
+                record = inputs[0][0]
+                record["image"] = torch.full_like(record["image"], torch.nan, dtype=torch.float32)
+
+        if comm.get_rank() == 1:
+            model.register_forward_pre_hook(spoil)
+        return model
+
+
+class NanGradient(Trainer):
+    """The losses are finite, and one gradient of rank 1 is not."""
+
+    @classmethod
+    def build_model(cls, cfg):
+        model = super().build_model(cfg)
+        if comm.get_rank() == 1:
+            parameter = model.transformer.encoder.layers[0].ffn.linear2.bias
+            parameter.register_hook(lambda gradient: gradient * torch.nan)
+        return model
+
+
+TRAINERS = {"train": Trainer, "nan_image": NanImage, "nan_gradient": NanGradient}
+
+
 def main() -> None:
     what, *arguments = sys.argv[1:]
     args = launch_argument_parser().parse_args(["--num-processes", "2", *arguments])
-    if what == "train":
+    if what in TRAINERS:
         spec = importlib.util.spec_from_file_location("train_net", ROOT / "train_net.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        module.Trainer = TRAINERS[what]
         launch(module.main, args, start_method="fork")
     else:
         launch(steps, args, start_method="fork")

@@ -1,7 +1,5 @@
 """tools/replay_step.py: a step of a training that was not finite, on its own."""
 
-import importlib.util
-
 import pytest
 import torch
 
@@ -26,23 +24,14 @@ def failed(train_net, shapes_opts, tmp_path_factory):
     return folder / "not_finite_0000002.pth"
 
 
-@pytest.fixture(scope="module")
-def replay():
-    """The program's main function."""
-    spec = importlib.util.spec_from_file_location("replay_step", ROOT / "tools/replay_step.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
 def table(output):
     """Rows of the printed table: (in training, now) by name."""
     rows = [line.split() for line in output.splitlines() if line.startswith(("loss_", "gradient"))]
     return {name: values for name, *values in rows}
 
 
-def test_the_step_is_not_finite_again(failed, replay, capsys):
-    assert replay([str(failed)]) == 1
+def test_the_step_is_not_finite_again(failed, replay_step, capsys):
+    assert replay_step([str(failed)]) == 1
     output = capsys.readouterr().out
     content = torch.load(failed, weights_only=True)
     assert output.startswith("iteration 2, images ")
@@ -54,30 +43,30 @@ def test_the_step_is_not_finite_again(failed, replay, capsys):
     assert "The first bad value: the output of backbone.stem.conv1." in output
 
 
-def test_with_another_key_it_is_finite(failed, replay, capsys):
-    assert replay([str(failed), "MODEL.PIXEL_STD", "[50.0, 50.0, 50.0]"]) == 0
+def test_with_another_key_it_is_finite(failed, replay_step, capsys):
+    assert replay_step([str(failed), "MODEL.PIXEL_STD", "[50.0, 50.0, 50.0]"]) == 0
     output = capsys.readouterr().out
     assert "The step is finite now." in output
     then, now = table(output)["loss_class"]
     assert then == "nan" and 0 < float(now) < 100
 
 
-def test_the_same_values(failed, replay, capsys, tmp_path):
+def test_the_same_values(failed, replay_step, capsys, tmp_path):
     """Dropout included: finite values, as if a training had written them."""
     finite = ["MODEL.PIXEL_STD", "[50.0, 50.0, 50.0]"]
-    replay([str(failed), *finite])
+    replay_step([str(failed), *finite])
     first = {name: now for name, (_, now) in table(capsys.readouterr().out).items()}
     content = torch.load(failed, weights_only=True)
     content["values"] = {name: float(value) for name, value in first.items()}
     torch.save(content, tmp_path / "step.pth")
-    replay([str(tmp_path / "step.pth"), *finite])
+    replay_step([str(tmp_path / "step.pth"), *finite])
     for name, (then, now) in table(capsys.readouterr().out).items():
         assert then == now, name
-    replay([str(failed), *finite, "MODEL.DEFORMABLE_DETR.DROPOUT", "0.0"])
+    replay_step([str(failed), *finite, "MODEL.DEFORMABLE_DETR.DROPOUT", "0.0"])
     assert table(capsys.readouterr().out)["loss_class"][1] != first["loss_class"]
 
 
-def test_files_of_other_kinds(failed, replay, tmp_path):
+def test_files_of_other_kinds(failed, replay_step, tmp_path):
     def message(content=None, *opts, name="file.pth"):
         path = tmp_path / name
         if isinstance(content, bytes):
@@ -85,7 +74,7 @@ def test_files_of_other_kinds(failed, replay, tmp_path):
         elif content is not None:
             torch.save(content, path)
         with pytest.raises(UserError) as error:
-            replay([str(path), *opts])
+            replay_step([str(path), *opts])
         assert str(path) in str(error.value)
         return str(error.value)
 
@@ -98,4 +87,4 @@ def test_files_of_other_kinds(failed, replay, tmp_path):
     wider = message(content, "MODEL.DEFORMABLE_DETR.HIDDEN_DIM", "96")
     assert "does not fit the configuration" in wider
     with pytest.raises(UserError, match="SOLVER.FOO"):
-        replay([str(failed), "SOLVER.FOO", "1"])
+        replay_step([str(failed), "SOLVER.FOO", "1"])

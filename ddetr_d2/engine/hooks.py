@@ -1,4 +1,4 @@
-"""The hook that keeps the best checkpoint of a run."""
+"""What a training does after a step, beyond Detectron2's own hooks."""
 
 import logging
 import math
@@ -7,6 +7,20 @@ from typing import Any
 from detectron2.engine.hooks import HookBase
 
 from ..checkpoint import DetrCheckpointer
+
+
+class PeriodicSaving(HookBase):
+    """Writes ``model_0000099.pth`` and so on every ``period`` steps, and ``model_final.pth``."""
+
+    def __init__(self, period: int):
+        self._period = period
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done % self._period == 0:
+            self.trainer.save(f"model_{done - 1:07d}", pending=True)
+        if done == self.trainer.max_iter:
+            self.trainer.save("model_final", pending=True)
 
 
 class BestCheckpointer(HookBase):

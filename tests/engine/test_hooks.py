@@ -1,11 +1,11 @@
-"""The best checkpoint of a run."""
+"""The hooks: the best checkpoint of a run."""
 
 import math
 
 from detectron2.engine.hooks import HookBase
 from detectron2.engine.train_loop import TrainerBase
 
-from ddetr_d2.engine.best_checkpointer import BestCheckpointer
+from ddetr_d2.engine.hooks import BestCheckpointer
 
 
 class Evaluation(HookBase):
