@@ -1,4 +1,4 @@
-"""Configuration keys that Deformable DETR adds to Detectron2's own."""
+"""Configuration keys that DETR and Deformable DETR add to Detectron2's own."""
 
 import torch
 from detectron2.config import CfgNode as CN
@@ -10,12 +10,14 @@ def add_deformable_detr_config(cfg: CN) -> None:
     # The GPU where there is one.
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
+    # Keys of the whole family. DETR reads all but those of deformable attention, which are marked.
     cfg.MODEL.DEFORMABLE_DETR = node = CN()
     # Number of classes; 0 takes it from the training set.
     node.NUM_CLASSES = 0
     # Backbone features that become levels, fine to coarse.
     node.IN_FEATURES = ["res3", "res4", "res5"]
-    # Levels in all; those beyond IN_FEATURES are strided convolutions on the coarsest feature.
+    # Levels in all; those beyond IN_FEATURES are strided convolutions on the coarsest feature. DETR
+    # has one.
     node.NUM_FEATURE_LEVELS = 4
     # Object queries: the most objects an image can have.
     node.NUM_QUERIES = 300
@@ -25,25 +27,33 @@ def add_deformable_detr_config(cfg: CN) -> None:
     node.DIM_FEEDFORWARD = 1024
     node.ENC_LAYERS = 6
     node.DEC_LAYERS = 6
-    # Sampling points per head and level.
+    node.DROPOUT = 0.1
+    # Sampling points per head and level (deformable).
     node.ENC_POINTS = 4
     node.DEC_POINTS = 4
-    node.DROPOUT = 0.1
-    # Iterative box refinement: each decoder layer starts from the boxes of the one before.
+    # Tokens of the encoder look at all levels, not only at their own (deformable).
+    node.MULTI_SCALE_ATTENTION = True
+    # Iterative box refinement (deformable): each decoder layer starts from the boxes of the one
+    # before.
     node.WITH_BOX_REFINE = False
-    # Queries from the encoder's proposals instead of learned ones.
+    # Queries from the encoder's proposals instead of learned ones (deformable).
     node.TWO_STAGE = False
     # Encoder layers, and decoder layers, start as copies of one another instead of being drawn one
     # by one; so do the heads of models with box refinement or two stages.
     node.LAYERS_START_EQUAL = False
     node.HEADS_START_EQUAL = False
-    # References are kept this far from 0 and 1 before the inverse sigmoid: 1e-5 in the reference
-    # implementation, 1e-3 in detrex.
+    # References (deformable) are kept this far from 0 and 1 before the inverse sigmoid: 1e-5 in the
+    # reference implementation, 1e-3 in detrex.
     node.INVERSE_SIGMOID_EPS = 1e-5
     # Weights of the terms, in the loss and in the matching cost alike.
     node.CLASS_WEIGHT = 2.0
     node.L1_WEIGHT = 5.0
     node.GIOU_WEIGHT = 2.0
+    # "focal": a sigmoid per class. "cross_entropy": a softmax over the classes and "no object",
+    # DETR's own.
+    node.CLASS_LOSS = "focal"
+    # Weight of queries without an object in the cross-entropy.
+    node.NO_OBJECT_WEIGHT = 0.1
     # Focal loss.
     node.FOCAL_ALPHA = 0.25
     node.FOCAL_GAMMA = 2.0

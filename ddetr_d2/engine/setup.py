@@ -11,6 +11,8 @@ from detectron2.config import CfgNode, get_cfg
 from ..config import add_deformable_detr_config
 from ..errors import UserError, nearest
 
+META_ARCHITECTURES = ("DeformableDETR", "DETR")
+
 
 def setup_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """Build the configuration of a run.
@@ -31,10 +33,10 @@ def setup_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         except (AssertionError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{config_file}: {_text(error)}") from error
     _merge_options(cfg, list(opts))
-    if cfg.MODEL.META_ARCHITECTURE != "DeformableDETR":
+    if cfg.MODEL.META_ARCHITECTURE not in META_ARCHITECTURES:
         raise UserError(
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}; this program runs "
-            "'DeformableDETR'. Start from a file in configs/."
+            f"{' and '.join(META_ARCHITECTURES)}. Start from a file in configs/."
         )
     _check_device(cfg.MODEL.DEVICE)
     return cfg

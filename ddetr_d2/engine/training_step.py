@@ -31,10 +31,11 @@ class TrainingStep:
     """Forward, backward and update for one batch, which comes in one or more micro-batches.
 
     The batch is spread over micro-batches and processes: losses are divided by the number of
-    boxes in all of it, so that gradients do not depend on how it is cut.
+    boxes, or images, in all of it, so that gradients do not depend on how it is cut.
 
     Attributes:
-        model: gives a dict of losses for a list of mapped records and a number of boxes.
+        model: gives a dict of losses for a list of mapped records and the numbers of boxes and
+            images that they are divided by.
         optimizer: of its parameters.
         ema: a moving average of the weights, or None.
     """
@@ -85,19 +86,19 @@ class TrainingStep:
             NotFiniteError: a loss or, but for those of scaled losses, a gradient is not finite.
                 Then nothing has been updated.
         """
-        num_boxes = average_num_boxes(micro_batches, self._parameters[0].device)
+        counts = average_counts(micro_batches, self._parameters[0].device)
         statistics = [buffer.clone() for buffer in self._statistics]
         self.optimizer.zero_grad()
         names: list[str] = []
         losses = torch.zeros(())
         for number, batch in enumerate(micro_batches, start=1):
             with self._synchronised(number == len(micro_batches)), self._autocast():
-                part = self.model(batch, num_boxes)
+                part = self.model(batch, *counts)
             heartbeat.beat()
             self._scaler.scale(sum(part.values())).backward()
             heartbeat.beat()
             names = list(part)
-            losses = losses.to(num_boxes.device) + torch.stack([*part.values()]).detach()
+            losses = losses.to(counts[0].device) + torch.stack([*part.values()]).detach()
         self._scaler.unscale_(self.optimizer)
         norm = self._clip(self._parameters)
 
@@ -121,9 +122,9 @@ class TrainingStep:
 
     def forward(self, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
         """The losses alone, of this process."""
-        num_boxes = average_num_boxes(micro_batches, self._parameters[0].device)
+        counts = average_counts(micro_batches, self._parameters[0].device)
         with self._autocast():
-            parts = [unwrapped(self.model)(batch, num_boxes) for batch in micro_batches]
+            parts = [unwrapped(self.model)(batch, *counts) for batch in micro_batches]
         return {name: sum(part[name] for part in parts) for name in parts[0]}
 
     def state_dict(self) -> dict[str, Any]:
@@ -161,13 +162,17 @@ class TrainingStep:
         return self.model.no_sync()
 
 
-def average_num_boxes(micro_batches: Sequence[Batch], device: torch.device) -> Tensor:
-    """Boxes of the whole batch, all processes together and at least 1, over their number."""
-    number = float(sum(len(x["instances"]) for batch in micro_batches for x in batch))
-    num_boxes = torch.full((), number, device=device)  # does not wait for the device
+def average_counts(micro_batches: Sequence[Batch], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Boxes and images of the whole batch, of all processes together, over their number."""
+    images = [x for batch in micro_batches for x in batch]
+    # Filled one by one: a copy from the host would wait for the device.
+    counts = torch.zeros(2, device=device)
+    counts[0].fill_(sum(len(x["instances"]) for x in images))
+    counts[1].fill_(len(images))
     if comm.get_world_size() > 1:
-        torch.distributed.all_reduce(num_boxes)
-    return num_boxes.clamp(min=1) / comm.get_world_size()
+        torch.distributed.all_reduce(counts)
+    num_boxes, num_images = (counts / comm.get_world_size()).unbind()
+    return num_boxes, num_images
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -26,7 +26,10 @@ def sine_embedding(positions: Tensor, num_features: int) -> Tensor:
 
 
 def sine_position_embedding(
-    padding_mask: Tensor, num_features: int, dtype: torch.dtype = torch.float32
+    padding_mask: Tensor,
+    num_features: int,
+    dtype: torch.dtype = torch.float32,
+    pixel_center: float = 0.5,
 ) -> Tensor:
     """Embed the pixel positions of padded images.
 
@@ -36,6 +39,7 @@ def sine_position_embedding(
         padding_mask: (N, H, W) bool, True on padding.
         num_features: features F in all, half of them for y and half for x.
         dtype: floating type that it is computed in.
+        pixel_center: place within a pixel that is its position, 0 to 1; DETR takes the far corner.
 
     Returns:
         (N, H, W, F) of ``dtype``, the features of y first.
@@ -43,6 +47,6 @@ def sine_position_embedding(
     valid = (~padding_mask).to(dtype)
     y = valid.cumsum(1)
     x = valid.cumsum(2)
-    y = (y - 0.5) / (y[:, -1:, :] + 1e-6)
-    x = (x - 0.5) / (x[:, :, -1:] + 1e-6)
+    y = (y - (1 - pixel_center)) / (y[:, -1:, :] + 1e-6)
+    x = (x - (1 - pixel_center)) / (x[:, :, -1:] + 1e-6)
     return sine_embedding(torch.stack((y, x), dim=-1), num_features // 2)

@@ -3,14 +3,16 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import box_convert, generalized_box_iou, sigmoid_focal_loss
+from torchvision.ops import box_convert, generalized_box_iou
 
+from .classification import at_least_one
 from .heads import Predictions, at_least_float
 from .matcher import HungarianMatcher, Matches, Target
 
 
 class SetCriterion(nn.Module):
-    """Focal loss on all queries; L1 and GIoU losses on the boxes of those matched to an object."""
+    """A loss of the classes on all queries; L1 and GIoU losses on the boxes of those matched to an
+    object."""
 
     def __init__(
         self,
@@ -18,16 +20,17 @@ class SetCriterion(nn.Module):
         class_weight: float = 2.0,
         l1_weight: float = 5.0,
         giou_weight: float = 2.0,
-        focal_alpha: float = 0.25,
-        focal_gamma: float = 2.0,
     ):
+        """
+        Args:
+            matcher: finds the object of each query; it has the loss of the classes too.
+            class_weight, l1_weight, giou_weight: weights of the terms.
+        """
         super().__init__()
         self.matcher = matcher
         self.class_weight = class_weight
         self.l1_weight = l1_weight
         self.giou_weight = giou_weight
-        self.focal_alpha = focal_alpha
-        self.focal_gamma = focal_gamma
 
     def forward(
         self,
@@ -35,6 +38,7 @@ class SetCriterion(nn.Module):
         proposals: Predictions | None,
         targets: list[Target],
         num_boxes: Tensor | float,
+        num_images: Tensor | float | None = None,
     ) -> dict[str, Tensor]:
         """Weighted losses by name.
 
@@ -44,21 +48,28 @@ class SetCriterion(nn.Module):
             proposals: the encoder's predictions (suffix ``_enc``), matched with all labels
                 set to class 0.
             targets: ground truth of each image.
-            num_boxes: number that the losses are divided by: of the boxes in the batch, averaged
-                over the workers.
+            num_boxes: number that the losses are divided by: of the boxes in the whole batch,
+                averaged over the processes; where there are none, losses are divided by one.
+            num_images: images in the whole batch, averaged over the processes; those of
+                ``targets`` by default.
         """
+        if num_images is None:
+            num_images = len(targets)
+        if not isinstance(num_boxes, Tensor):
+            num_boxes = layers[0].boxes.new_full((), num_boxes)  # does not wait for the device
         groups = [(layers, targets)]
         suffixes = [f"_{index}" for index in range(len(layers) - 1)] + [""]
         if proposals is not None:
             objects = [Target(torch.zeros_like(t.labels), t.boxes) for t in targets]
             groups.append(([proposals], objects))
             suffixes.append("_enc")
-        cases = [(prediction, wanted) for group, wanted in groups for prediction in group]
+        cases = [(prediction, objects) for group, objects in groups for prediction in group]
         losses = {}
-        for (prediction, wanted), matches, suffix in zip(
+        for (prediction, objects), matches, suffix in zip(
             cases, self.matcher(*groups), suffixes, strict=True
         ):
-            losses |= self._losses(prediction, matches, wanted, num_boxes, suffix)
+            parts = self._losses(prediction, matches, objects, num_boxes, num_images)
+            losses |= {f"{name}{suffix}": loss for name, loss in parts.items()}
         return losses
 
     def _losses(
@@ -66,27 +77,25 @@ class SetCriterion(nn.Module):
         predictions: Predictions,
         matches: Matches,
         targets: list[Target],
-        num_boxes: Tensor | float,
-        suffix: str,
+        num_boxes: Tensor,
+        num_images: Tensor | float,
     ) -> dict[str, Tensor]:
         labels = torch.cat([t.labels for t in targets])[matches.target]
         boxes = torch.cat([t.boxes for t in targets])[matches.target]
-        matched = predictions.boxes[matches.image, matches.query]
+        pairs = (matches.image, matches.query)
+        matched = predictions.boxes[pairs]
 
         logits = at_least_float(predictions.logits)
-        wanted = torch.zeros_like(logits)
-        wanted[matches.image, matches.query, labels] = 1.0
-        loss_class = sigmoid_focal_loss(
-            logits, wanted, self.focal_alpha, self.focal_gamma, reduction="sum"
-        )
+        loss_class = self.matcher.classification.loss(logits, pairs, labels, num_boxes, num_images)
         loss_l1 = F.l1_loss(matched, boxes, reduction="sum")
         # Pair by pair. torchvision's loss selects by a mask, for which the host waits for a GPU.
         giou = generalized_box_iou(
             box_convert(matched, "cxcywh", "xyxy")[:, None],
             box_convert(boxes, "cxcywh", "xyxy")[:, None],
         )
+        num_boxes = at_least_one(num_boxes)
         return {
-            f"loss_class{suffix}": self.class_weight * loss_class / num_boxes,
-            f"loss_l1{suffix}": self.l1_weight * loss_l1 / num_boxes,
-            f"loss_giou{suffix}": self.giou_weight * (1 - giou).sum() / num_boxes,
+            "loss_class": self.class_weight * loss_class,
+            "loss_l1": self.l1_weight * loss_l1 / num_boxes,
+            "loss_giou": self.giou_weight * (1 - giou).sum() / num_boxes,
         }

@@ -1,5 +1,6 @@
 """From backbone features to the tokens that the transformer reads (paper, section 4.1)."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ class FeatureLevels:
     level_start_index: tuple[int, ...]
     valid_sizes: Tensor
 
-    @property
+    @functools.cached_property
     def valid_ratios(self) -> Tensor:
         """Unpadded over full width and height of each level: (N, L, 2)."""
         return torch.stack(
@@ -52,6 +53,7 @@ class FeatureLevels:
             [_centers(*shape, size) for size, shape in self._valid_and_full_sizes()], dim=1
         )
 
+    @functools.cached_property
     def reference_points(self) -> Tensor:
         """Centre of each token as a fraction of each padded level: (N, S, L, 2).
 
@@ -66,6 +68,23 @@ class FeatureLevels:
             size = torch.stack((ratios[:, level, 0] * width, ratios[:, level, 1] * height), dim=-1)
             centers.append(_centers(height, width, size))
         return torch.cat(centers, dim=1)[:, :, None] * ratios[:, None]
+
+    def separate(self, tokens: Tensor) -> Iterator[tuple[Tensor, "FeatureLevels"]]:
+        """Each level by itself: its part of ``tokens`` (N, S, C), and the level."""
+        for level, (height, width) in enumerate(self.spatial_shapes):
+            start = self.level_start_index[level]
+            piece = slice(start, start + height * width)
+            yield (
+                tokens[:, piece],
+                FeatureLevels(
+                    tokens=self.tokens[:, piece],
+                    position=self.position[:, piece],
+                    padding_mask=None if self.padding_mask is None else self.padding_mask[:, piece],
+                    spatial_shapes=((height, width),),
+                    level_start_index=(0,),
+                    valid_sizes=self.valid_sizes[:, level : level + 1],
+                ),
+            )
 
     def _valid_and_full_sizes(self) -> Iterator[tuple[Tensor, tuple[int, int]]]:
         """For each level (N, 2) unpadded width and height, and full height and width."""
@@ -84,32 +103,33 @@ def _centers(height: int, width: int, size: Tensor) -> Tensor:
 class FeatureProjection(nn.Module):
     """Project backbone features to the levels of the transformer.
 
-    Each feature passes a 1x1 convolution and GroupNorm. Further levels are 3x3 convolutions of
-    stride 2, the first of them on the coarsest backbone feature, each next one on its
-    predecessor's output.
+    The first projections read a backbone feature each. Further levels are made of the coarsest
+    backbone feature, each next one of its predecessor's output.
     """
 
-    def __init__(self, in_channels: Sequence[int], num_levels: int, hidden_dim: int):
+    def __init__(
+        self,
+        input_proj: Sequence[nn.Module],
+        hidden_dim: int,
+        *,
+        level_embed: bool = True,
+        pixel_center: float = 0.5,
+    ):
         """
         Args:
-            in_channels: channels of the backbone features, fine to coarse.
-            num_levels: levels in all, at least ``len(in_channels)``.
-            hidden_dim: width C of the tokens, a multiple of 32 (groups of the normalisation).
+            input_proj: a module for each level, to (N, C, H_l, W_l).
+            hidden_dim: width C of the tokens.
+            level_embed: add a learned embedding of the level to the position.
+            pixel_center: see :func:`sine_position_embedding`.
         """
         super().__init__()
-        projections = [nn.Conv2d(channels, hidden_dim, kernel_size=1) for channels in in_channels]
-        channels = in_channels[-1]
-        for _ in range(num_levels - len(in_channels)):
-            projections.append(nn.Conv2d(channels, hidden_dim, kernel_size=3, stride=2, padding=1))
-            channels = hidden_dim
-        for projection in projections:
-            nn.init.xavier_uniform_(projection.weight)
-            nn.init.zeros_(projection.bias)
-        self.input_proj = nn.ModuleList(
-            nn.Sequential(projection, nn.GroupNorm(32, hidden_dim)) for projection in projections
-        )
-        self.level_embed = nn.Parameter(torch.empty(num_levels, hidden_dim))
-        nn.init.normal_(self.level_embed)
+        self.input_proj = nn.ModuleList(input_proj)
+        self.pixel_center = pixel_center
+        if level_embed:
+            self.level_embed = nn.Parameter(torch.empty(len(input_proj), hidden_dim))
+            nn.init.normal_(self.level_embed)
+        else:
+            self.register_parameter("level_embed", None)
 
     def forward(self, features: Sequence[Tensor], image_mask: Tensor | None) -> FeatureLevels:
         """
@@ -131,8 +151,10 @@ class FeatureProjection(nn.Module):
                 mask = F.interpolate(image_mask[:, None].float(), size=(height, width))[:, 0].bool()
             # Positions and sizes in 16 bits would be off by pixels.
             dtype = torch.promote_types(feature.dtype, torch.float32)
-            position = sine_position_embedding(mask, feature.shape[1], dtype)
-            position = position.flatten(1, 2) + self.level_embed[level]
+            position = sine_position_embedding(mask, feature.shape[1], dtype, self.pixel_center)
+            position = position.flatten(1, 2)
+            if self.level_embed is not None:
+                position = position + self.level_embed[level]
             valid = (~mask).to(dtype)
             valid_sizes.append(torch.stack((valid[:, 0].sum(1), valid[:, :, 0].sum(1)), dim=-1))
             tokens.append(feature.flatten(2).transpose(1, 2))

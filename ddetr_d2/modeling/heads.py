@@ -14,7 +14,8 @@ class Predictions(NamedTuple):
     """Detections of N images with Q queries each, over K classes.
 
     Attributes:
-        logits: (N, Q, K) class scores before the sigmoid.
+        logits: (N, Q, K) class scores before the sigmoid; with a softmax (N, Q, K + 1), "no object"
+            last.
         boxes: (N, Q, 4) as (cx, cy, w, h), fractions of the unpadded image size.
     """
 
@@ -61,35 +62,49 @@ def at_most(count: int, size: int | torch.SymInt | Tensor) -> int | torch.SymInt
 
 
 class DetectionHead(nn.Module):
-    """Class scores and a box for each feature (paper, appendix A.4)."""
+    """Class scores and a box for each feature (DETR, section 3.2; Deformable DETR, A.4)."""
 
-    def __init__(self, hidden_dim: int, num_classes: int, size_bias: float = 0.0):
+    def __init__(
+        self,
+        hidden_dim: int,
+        num_outputs: int,
+        *,
+        prior_probability: float | None = PRIOR_PROBABILITY,
+        size_bias: float | None = 0.0,
+    ):
         """
         Args:
             hidden_dim: width C of the features.
-            num_classes: classes K.
-            size_bias: initial bias of (w, h) before the sigmoid; -2 starts from small boxes.
+            num_outputs: class scores per feature.
+            prior_probability: initial probability of each class; None leaves biases as PyTorch
+                draws them.
+            size_bias: initial bias of (w, h) before the sigmoid, all boxes being those of the
+                references; -2 starts from small boxes. None leaves boxes as PyTorch draws them.
         """
         super().__init__()
-        self.class_embed = nn.Linear(hidden_dim, num_classes)
-        nn.init.constant_(
-            self.class_embed.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY)
-        )
+        self.class_embed = nn.Linear(hidden_dim, num_outputs)
+        if prior_probability is not None:
+            nn.init.constant_(
+                self.class_embed.bias, -math.log((1 - prior_probability) / prior_probability)
+            )
         self.bbox_embed = MLP(hidden_dim, [hidden_dim, hidden_dim, 4], inplace=False)
-        last = self.bbox_embed[-2]
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        nn.init.constant_(last.bias[2:], size_bias)
+        if size_bias is not None:
+            last = self.bbox_embed[-2]
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            nn.init.constant_(last.bias[2:], size_bias)
 
-    def forward(self, features: Tensor, reference_logits: Tensor) -> Predictions:
-        """Predict relative to reference points or boxes.
+    def forward(self, features: Tensor, reference_logits: Tensor | None) -> Predictions:
+        """Predict relative to reference points or boxes, or without any.
 
         Args:
             features: (N, Q, C).
             reference_logits: (N, Q, 2 or 4), references before the sigmoid; a point moves the
-                centre of the box only.
+                centre of the box only. None: boxes are predicted as they are.
         """
         delta = at_least_float(self.bbox_embed(features))
+        if reference_logits is None:
+            return Predictions(self.class_embed(features), delta.sigmoid())
         if reference_logits.shape[-1] == 2:
             reference_logits = nn.functional.pad(reference_logits, (0, 2))
         return Predictions(self.class_embed(features), (delta + reference_logits).sigmoid())

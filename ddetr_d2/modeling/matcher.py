@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert, generalized_box_iou
 
+from .classification import SigmoidClasses, SoftmaxClasses
 from .heads import Predictions, at_least_float
 
 # Cost of pairs whose own is not finite: above any other, and small enough to be added up.
@@ -44,18 +45,21 @@ class HungarianMatcher(nn.Module):
 
     def __init__(
         self,
+        classification: SigmoidClasses | SoftmaxClasses,
         class_weight: float = 2.0,
         l1_weight: float = 5.0,
         giou_weight: float = 2.0,
-        focal_alpha: float = 0.25,
-        focal_gamma: float = 2.0,
     ):
+        """
+        Args:
+            classification: the cost of classes.
+            class_weight, l1_weight, giou_weight: weights of the terms.
+        """
         super().__init__()
+        self.classification = classification
         self.class_weight = class_weight
         self.l1_weight = l1_weight
         self.giou_weight = giou_weight
-        self.focal_alpha = focal_alpha
-        self.focal_gamma = focal_gamma
 
     @torch.no_grad()
     def forward(self, *groups: tuple[list[Predictions], list[Target]]) -> list[Matches]:
@@ -84,24 +88,15 @@ class HungarianMatcher(nn.Module):
     def _cost(self, layers: list[Predictions], targets: list[Target]) -> Tensor:
         """Cost (layers, N, Q, T) of every pair, T the largest number of objects in an image."""
         labels = pad_sequence([target.labels for target in targets], batch_first=True)
-        wanted = pad_sequence([target.boxes for target in targets], batch_first=True)
+        target_boxes = pad_sequence([target.boxes for target in targets], batch_first=True)
         logits = at_least_float(torch.stack([layer.logits for layer in layers]))
         boxes = torch.stack([layer.boxes for layer in layers])
-        probability = logits.gather(
-            -1, labels[:, None].expand(*logits.shape[:-1], labels.shape[1])
-        ).sigmoid()
-        positive = (
-            self.focal_alpha * (1 - probability) ** self.focal_gamma * -(probability + 1e-8).log()
-        )
-        negative = (
-            (1 - self.focal_alpha) * probability**self.focal_gamma * -(1 - probability + 1e-8).log()
-        )
         return (
-            self.class_weight * (positive - negative)
-            + self.l1_weight * torch.cdist(boxes, wanted, p=1)
+            self.class_weight * self.classification.cost(logits, labels)
+            + self.l1_weight * torch.cdist(boxes, target_boxes, p=1)
             - self.giou_weight
             * generalized_box_iou(
-                box_convert(boxes, "cxcywh", "xyxy"), box_convert(wanted, "cxcywh", "xyxy")
+                box_convert(boxes, "cxcywh", "xyxy"), box_convert(target_boxes, "cxcywh", "xyxy")
             )
         )
 

@@ -24,13 +24,13 @@ class Queries:
         content: (N, Q, C), contiguous: a stride of 2C would make torch.export, which compares
             strides with those of N images, take a batch of two for a special case.
         position: (N, Q, C), added to queries and keys.
-        reference: (N, Q, 2 or 4) reference points or boxes in [0, 1].
+        reference: (N, Q, 2 or 4) reference points or boxes in [0, 1]; None where there are none.
         proposals: predictions of all encoder tokens where the queries come from them.
     """
 
     content: Tensor
     position: Tensor
-    reference: Tensor
+    reference: Tensor | None = None
     proposals: Predictions | None = None
 
 
@@ -55,6 +55,24 @@ class LearnedQueries(nn.Module):
         reference = at_least_float(self.reference_points(position)).sigmoid()
         content = content.to(memory.dtype).contiguous()  # see Queries
         return Queries(content, position.to(memory.dtype), reference)
+
+
+class LearnedPositions(nn.Module):
+    """A learned position per query; the content starts from zero (DETR, appendix A.3)."""
+
+    def __init__(self, num_queries: int, hidden_dim: int):
+        """
+        Args:
+            num_queries: Q.
+            hidden_dim: width C of the tokens.
+        """
+        super().__init__()
+        self.query_embed = nn.Embedding(num_queries, hidden_dim)
+
+    def forward(self, memory: Tensor, levels: FeatureLevels) -> Queries:
+        """The same queries for each of the N images of ``memory`` (N, S, C)."""
+        position = self.query_embed.weight.to(memory.dtype).expand(memory.shape[0], -1, -1)
+        return Queries(torch.zeros_like(position), position)
 
 
 class EncoderProposals(nn.Module):

@@ -1,10 +1,13 @@
-"""The deformable transformer (paper, section 4.1 and appendix A.4)."""
+"""Encoder and decoder of the family; which attention looks at the image, their layers decide.
 
+Layers are completed in :mod:`.dense_layers` (DETR) and :mod:`.deformable_layers`.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..layers import MSDeformAttn
 from .feature_levels import FeatureLevels
 from .heads import DetectionHead, Predictions, inverse_sigmoid
 from .queries import Queries
@@ -16,9 +19,17 @@ class TransformerSize:
 
     hidden_dim: int
     num_heads: int
-    num_levels: int
     dim_feedforward: int
     dropout: float
+
+
+def dense_attention(size: TransformerSize) -> nn.MultiheadAttention:
+    """Multi-head attention of all queries to all keys, with Xavier uniform matrices."""
+    attention = nn.MultiheadAttention(
+        size.hidden_dim, size.num_heads, dropout=size.dropout, batch_first=True
+    )
+    nn.init.xavier_uniform_(attention.out_proj.weight)
+    return attention
 
 
 class FeedForward(nn.Module):
@@ -39,63 +50,67 @@ class FeedForward(nn.Module):
         return self.norm(x + self.dropout(self.linear2(hidden)))
 
 
-class DeformableTransformerEncoderLayer(nn.Module):
-    """Deformable self-attention over the tokens of all levels, then a feed-forward network."""
+class EncoderLayer(nn.Module):
+    """Self-attention over the tokens of all levels, then a feed-forward network."""
 
-    def __init__(self, size: TransformerSize, num_points: int):
+    def __init__(self, size: TransformerSize, self_attn: nn.Module):
+        """
+        Args:
+            size: widths and counts.
+            self_attn: what :meth:`attend` uses.
+        """
         super().__init__()
-        self.self_attn = MSDeformAttn(size.hidden_dim, size.num_heads, size.num_levels, num_points)
+        self.self_attn = self_attn
         self.norm1 = nn.LayerNorm(size.hidden_dim)
         self.dropout = nn.Dropout(size.dropout)
         self.ffn = FeedForward(size)
 
-    def forward(self, tokens: Tensor, reference_points: Tensor, levels: FeatureLevels) -> Tensor:
+    def forward(self, tokens: Tensor, levels: FeatureLevels) -> Tensor:
         """
         Args:
             tokens: (N, S, C).
-            reference_points: (N, S, L, 2) centre of each token on each level.
             levels: where the tokens lie.
         """
-        attended = self.self_attn(
-            tokens + levels.position,
-            reference_points,
-            tokens,
-            levels.spatial_shapes,
-            levels.level_start_index,
-            levels.padding_mask,
-        )
+        attended = self.attend(tokens, levels)
         return self.ffn(self.norm1(tokens + self.dropout(attended)))
 
+    def attend(self, tokens: Tensor, levels: FeatureLevels) -> Tensor:
+        """Self-attention, arguments as in :meth:`forward`, to (N, S, C)."""
+        raise NotImplementedError
 
-class DeformableTransformerEncoder(nn.Module):
+
+class Encoder(nn.Module):
     """A stack of encoder layers."""
 
-    def __init__(self, size: TransformerSize, num_layers: int, num_points: int):
+    def __init__(self, layers: Sequence[EncoderLayer]):
         super().__init__()
-        self.layers = nn.ModuleList(
-            DeformableTransformerEncoderLayer(size, num_points) for _ in range(num_layers)
-        )
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, levels: FeatureLevels) -> Tensor:
         """Return the tokens (N, S, C) after all layers."""
-        reference_points = levels.reference_points()
         tokens = levels.tokens
         for layer in self.layers:
-            tokens = layer(tokens, reference_points, levels)
+            tokens = layer(tokens, levels)
         return tokens
 
 
-class DeformableTransformerDecoderLayer(nn.Module):
-    """Self-attention among the queries, deformable cross-attention into the memory, FFN."""
+class DecoderLayer(nn.Module):
+    """Self-attention among the queries, cross-attention into the memory, feed-forward network.
 
-    def __init__(self, size: TransformerSize, num_points: int):
+    The norm after self-attention is ``norm2`` and that after cross-attention ``norm1``, as in the
+    weights of Deformable DETR's reference implementation.
+    """
+
+    def __init__(self, size: TransformerSize, cross_attn: nn.Module):
+        """
+        Args:
+            size: widths and counts.
+            cross_attn: what :meth:`attend` uses.
+        """
         super().__init__()
-        self.self_attn = nn.MultiheadAttention(
-            size.hidden_dim, size.num_heads, dropout=size.dropout, batch_first=True
-        )
-        nn.init.xavier_uniform_(self.self_attn.out_proj.weight)
+        self.self_attn = dense_attention(size)
         self.norm2 = nn.LayerNorm(size.hidden_dim)
-        self.cross_attn = MSDeformAttn(size.hidden_dim, size.num_heads, size.num_levels, num_points)
+        self.cross_attn = cross_attn
         self.norm1 = nn.LayerNorm(size.hidden_dim)
         self.dropout = nn.Dropout(size.dropout)
         self.ffn = FeedForward(size)
@@ -104,7 +119,7 @@ class DeformableTransformerDecoderLayer(nn.Module):
         self,
         content: Tensor,
         position: Tensor,
-        reference_points: Tensor,
+        reference: Tensor | None,
         memory: Tensor,
         levels: FeatureLevels,
     ) -> Tensor:
@@ -112,86 +127,78 @@ class DeformableTransformerDecoderLayer(nn.Module):
         Args:
             content: (N, Q, C).
             position: (N, Q, C).
-            reference_points: (N, Q, L, 2 or 4) on each level.
+            reference: (N, Q, 2 or 4) reference points or boxes, fractions of the unpadded image;
+                None where queries have none.
             memory: (N, S, C) output of the encoder.
             levels: where the tokens of the memory lie.
         """
         query = content + position
         attended = self.self_attn(query, query, content, need_weights=False)[0]
         content = self.norm2(content + self.dropout(attended))
-        attended = self.cross_attn(
-            content + position,
-            reference_points,
-            memory,
-            levels.spatial_shapes,
-            levels.level_start_index,
-            levels.padding_mask,
-        )
+        attended = self.attend(content + position, reference, memory, levels)
         return self.ffn(self.norm1(content + self.dropout(attended)))
 
+    def attend(
+        self, query: Tensor, reference: Tensor | None, memory: Tensor, levels: FeatureLevels
+    ) -> Tensor:
+        """Cross-attention of queries (N, Q, C), content and position, to (N, Q, C)."""
+        raise NotImplementedError
 
-class DeformableTransformerDecoder(nn.Module):
+
+class Decoder(nn.Module):
     """A stack of decoder layers, each followed by a detection head.
 
     With as many heads as layers, boxes are refined iteratively: the box of one layer, detached,
-    is the reference of the next (paper, section 4.2). With a single head, all layers share it
-    and start from the reference of the queries.
+    is the reference of the next (Deformable DETR, section 4.2). With a single head, all layers
+    share it and start from the reference of the queries, if those have one.
     """
 
     def __init__(
         self,
-        size: TransformerSize,
-        num_layers: int,
-        num_points: int,
-        heads: list[DetectionHead],
+        layers: Sequence[DecoderLayer],
+        heads: Sequence[DetectionHead],
+        *,
+        norm: nn.Module | None = None,
         inverse_sigmoid_eps: float = 1e-5,
     ):
         """
         Args:
-            size: widths and counts.
-            num_layers: decoder layers.
-            num_points: sampling points K per head and level.
+            layers: decoder layers.
             heads: one for all layers, or one per layer.
+            norm: what the outputs of all layers pass on their way to the heads.
             inverse_sigmoid_eps: see :func:`inverse_sigmoid`; how near references come to 0 and 1.
         """
         super().__init__()
-        if len(heads) not in (1, num_layers):
-            raise ValueError(f"expected 1 or {num_layers} heads, got {len(heads)}")
-        self.layers = nn.ModuleList(
-            DeformableTransformerDecoderLayer(size, num_points) for _ in range(num_layers)
-        )
+        if len(heads) not in (1, len(layers)):
+            raise ValueError(f"expected 1 or {len(layers)} heads, got {len(heads)}")
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
         self.heads = nn.ModuleList(heads)
-        self.refines_boxes = len(heads) == num_layers
+        self.refines_boxes = len(heads) == len(layers)
         self.inverse_sigmoid_eps = inverse_sigmoid_eps
 
     def forward(self, queries: Queries, memory: Tensor, levels: FeatureLevels) -> list[Predictions]:
         """Return the predictions of every layer, the final ones last."""
         content = queries.content
         reference = queries.reference
-        valid_ratios = levels.valid_ratios[:, None]
         predictions = []
         for index, layer in enumerate(self.layers):
-            ratios = valid_ratios.repeat(1, 1, 1, reference.shape[-1] // 2)
-            content = layer(
-                content, queries.position, reference[:, :, None] * ratios, memory, levels
-            )
+            content = layer(content, queries.position, reference, memory, levels)
             head = self.heads[index if self.refines_boxes else 0]
-            reference_logits = inverse_sigmoid(reference, self.inverse_sigmoid_eps)
-            predictions.append(head(content, reference_logits))
-            if self.refines_boxes:
+            features = content if self.norm is None else self.norm(content)
+            reference_logits = (
+                None if reference is None else inverse_sigmoid(reference, self.inverse_sigmoid_eps)
+            )
+            predictions.append(head(features, reference_logits))
+            if self.refines_boxes and reference is not None:
                 reference = predictions[-1].boxes.detach()
         return predictions
 
 
-class DeformableTransformer(nn.Module):
+class Transformer(nn.Module):
     """Encoder, queries and decoder."""
 
-    def __init__(
-        self,
-        encoder: DeformableTransformerEncoder,
-        queries: nn.Module,
-        decoder: DeformableTransformerDecoder,
-    ):
+    def __init__(self, encoder: Encoder, queries: nn.Module, decoder: Decoder):
         """
         Args:
             encoder: feature levels to memory.

@@ -40,7 +40,7 @@ class Sum(nn.Module):
         self.a = nn.Parameter(torch.zeros(2))
         self.b = nn.Parameter(torch.zeros(1))
 
-    def forward(self, batch, num_boxes):
+    def forward(self, batch, num_boxes, num_images):
         return {"loss": 3 * self.a[0] + 4 * self.a[1] + 12 * self.b.sum()}
 
 

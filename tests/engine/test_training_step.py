@@ -9,7 +9,7 @@ from detectron2.structures import Boxes, Instances
 
 from ddetr_d2.data.shapes import SyntheticOptions, draw_image
 from ddetr_d2.data.synthetic import make_synthetic
-from ddetr_d2.engine.training_step import NotFiniteError, average_num_boxes
+from ddetr_d2.engine.training_step import NotFiniteError, average_counts
 from ddetr_d2.modeling import matcher
 
 from ..conftest import ROOT, TINY, VARIANTS
@@ -40,10 +40,10 @@ def test_a_batch_without_any_box(variant):
     assert len(gradients(model)) == len([*model.parameters()])
 
 
-def test_losses_are_divided_by_all_boxes_and_at_least_one():
+def test_losses_are_divided_by_all_boxes_and_images():
     cpu = torch.device("cpu")
-    assert average_num_boxes([images(2, 0), images(3)], cpu) == 5
-    assert average_num_boxes([images(0), images(0)], cpu) == 1
+    assert average_counts([images(2, 0), images(3)], cpu) == (5, 3)
+    assert average_counts([images(0), images(0)], cpu) == (0, 2)
 
 
 def test_accumulation_by_train_net(train_net, tmp_path):
@@ -106,7 +106,7 @@ def test_boxes_costs_and_losses_are_float32_in_mixed_precision(variant, monkeypa
     found = {"boxes": set(), "costs": set(), "losses": set(), "logits": set()}
 
     def note(module, inputs, losses):
-        layers, proposals, targets, _ = inputs
+        layers, proposals, *_ = inputs
         for prediction in [*layers, *([proposals] if proposals else [])]:
             found["boxes"].add(prediction.boxes.dtype)
             found["logits"].add(prediction.logits.dtype)

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from ddetr_d2.modeling.classification import SigmoidClasses
 from ddetr_d2.modeling.criterion import SetCriterion
 from ddetr_d2.modeling.heads import Predictions
 from ddetr_d2.modeling.matcher import HungarianMatcher, Target
@@ -33,7 +34,7 @@ def slow_losses(predictions, pairs, targets, num_boxes):
 
 def test_every_layer_and_the_proposals():
     torch.manual_seed(1)
-    matcher = HungarianMatcher()
+    matcher = HungarianMatcher(SigmoidClasses())
     layers = [
         Predictions(torch.randn(2, 6, 3, dtype=torch.float64), random_boxes(2, 6)) for _ in range(3)
     ]
@@ -68,8 +69,8 @@ def test_a_batch_without_objects_trains_the_classes_only():
     logits = torch.randn(2, 4, 3, requires_grad=True)
     boxes = random_boxes(2, 4).float().requires_grad_()
     empty = Target(torch.zeros(0, dtype=torch.long), torch.zeros(0, 4))
-    criterion = SetCriterion(HungarianMatcher())
-    losses = criterion([Predictions(logits, boxes)], None, [empty, empty], num_boxes=1)
+    criterion = SetCriterion(HungarianMatcher(SigmoidClasses()))
+    losses = criterion([Predictions(logits, boxes)], None, [empty, empty], num_boxes=0)
     assert losses["loss_l1"] == 0 and losses["loss_giou"] == 0
     sum(losses.values()).backward()
     assert logits.grad.abs().sum() > 0

@@ -7,6 +7,7 @@ import torch
 from transformers.models.deformable_detr.modeling_deformable_detr import DeformableDetrEncoder
 
 from ddetr_d2.layers import sine_position_embedding
+from ddetr_d2.modeling.deformable_detr import level_projections
 from ddetr_d2.modeling.feature_levels import FeatureProjection
 
 
@@ -26,7 +27,7 @@ def test_position_embedding_feature_by_feature():
 
 
 def test_levels_of_a_padded_batch():
-    projection = FeatureProjection([8, 16], num_levels=4, hidden_dim=32)
+    projection = FeatureProjection(level_projections([8, 16], 4, 32), 32)
     mask = torch.zeros(2, 64, 96, dtype=torch.bool)
     mask[1, 40:] = True
     mask[1, :, 48:] = True
@@ -49,7 +50,7 @@ def test_levels_of_a_padded_batch():
 
 def test_reference_points_are_those_of_transformers_to_the_last_bit():
     """Samples of a new model lie on centres of pixels, where rounding decides on gradients."""
-    projection = FeatureProjection([8], num_levels=2, hidden_dim=32)
+    projection = FeatureProjection(level_projections([8], 2, 32), 32)
     mask = torch.zeros(4, 200, 300, dtype=torch.bool)
     for image, (height, width) in enumerate([(200, 300), (115, 184), (93, 217), (8, 41)]):
         mask[image, height:] = True
@@ -58,13 +59,13 @@ def test_reference_points_are_those_of_transformers_to_the_last_bit():
     expected = DeformableDetrEncoder.get_reference_points(
         levels.spatial_shapes, levels.valid_ratios, mask.device
     )
-    assert torch.equal(levels.reference_points(), expected)
+    assert torch.equal(levels.reference_points, expected)
     centers = levels.token_centers()[:, :, None] * levels.valid_ratios[:, None]
     torch.testing.assert_close(centers, expected)
 
 
 def test_level_embedding_is_added_to_the_position():
-    projection = FeatureProjection([8], num_levels=2, hidden_dim=32)
+    projection = FeatureProjection(level_projections([8], 2, 32), 32)
     mask = torch.zeros(1, 16, 16, dtype=torch.bool)
     before = projection([torch.randn(1, 8, 4, 4)], mask).position
     with torch.no_grad():
@@ -75,7 +76,7 @@ def test_level_embedding_is_added_to_the_position():
 
 
 def test_initialisation():
-    projection = FeatureProjection([8], num_levels=2, hidden_dim=32)
+    projection = FeatureProjection(level_projections([8], 2, 32), 32)
     for convolution, norm in projection.input_proj:
         assert norm.num_groups == 32
         assert convolution.bias.abs().sum() == 0

@@ -8,6 +8,7 @@ from detectron2.modeling import build_model
 
 from ddetr_d2.engine import setup_cfg
 from ddetr_d2.errors import UserError
+from ddetr_d2.modeling.deformable_detr import level_projections
 from ddetr_d2.modeling.feature_levels import FeatureProjection
 from ddetr_d2.modeling.heads import DetectionHead, inverse_sigmoid
 
@@ -34,7 +35,7 @@ def test_references_at_the_border(eps):
     shift = 0.7
     for head in transformer.decoder.heads:
         torch.nn.init.constant_(head.bbox_embed[-2].bias[:2], shift)
-    projection = FeatureProjection([64] * 4, 4, 64)
+    projection = FeatureProjection(level_projections([64] * 4, 4, 64), 64)
     levels = projection([torch.randn(1, 64, 4, 4)] * 4, None)
     with torch.no_grad():
         layers, _ = transformer(levels)
@@ -55,7 +56,7 @@ def test_impossible_limits(eps):
 
 
 def test_initial_predictions():
-    head = DetectionHead(hidden_dim=32, num_classes=7, size_bias=-2.0)
+    head = DetectionHead(hidden_dim=32, num_outputs=7, size_bias=-2.0)
     torch.nn.init.zeros_(head.class_embed.weight)
     reference = torch.tensor([[[0.2, 0.7]]])
     logits, boxes = head(torch.randn(1, 1, 32), inverse_sigmoid(reference))
@@ -63,7 +64,7 @@ def test_initial_predictions():
     size = 1 / (1 + math.exp(2.0))
     torch.testing.assert_close(boxes, torch.tensor([[[0.2, 0.7, size, size]]]))
 
-    head = DetectionHead(hidden_dim=32, num_classes=7)
+    head = DetectionHead(hidden_dim=32, num_outputs=7)
     reference = torch.tensor([[[0.2, 0.7, 0.1, 0.3]]])
     torch.testing.assert_close(
         head(torch.randn(1, 1, 32), inverse_sigmoid(reference)).boxes, reference

@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddetr_d2.modeling import deformable_detr, matcher
+from ddetr_d2.modeling import matcher, set_detector
 
 from ..conftest import TINY
 from .test_deformable_detr import build, make_batch
@@ -71,7 +71,7 @@ def pretended_gpu(model):
 )
 def test_host_waits_once_in_a_step_and_never_in_inference(monkeypatch, variant):
     monkeypatch.setattr(matcher, "_assign", first_queries)
-    monkeypatch.setattr(deformable_detr, "ImageList", Images)
+    monkeypatch.setattr(set_detector, "ImageList", Images)
     model = build(variant, *TINY)
     with pretended_gpu(model):
         model.train()

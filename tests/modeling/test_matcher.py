@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from ddetr_d2.modeling.classification import SigmoidClasses
 from ddetr_d2.modeling.heads import Predictions
 from ddetr_d2.modeling.matcher import HungarianMatcher, Target
 
@@ -43,7 +44,9 @@ def test_finds_the_cheapest_assignment():
         Target(torch.tensor([2, 0, 1]), random_boxes(3)),
         Target(torch.tensor([1, 1]), random_boxes(2)),
     ]
-    for layer, matches in zip(layers, HungarianMatcher()((layers, targets)), strict=True):
+    for layer, matches in zip(
+        layers, HungarianMatcher(SigmoidClasses())((layers, targets)), strict=True
+    ):
         first = 0
         for image, target in enumerate(targets):
             cost = [
@@ -77,10 +80,10 @@ def test_images_without_objects_match_nothing():
     layer = Predictions(torch.randn(2, 4, 3), random_boxes(2, 4).float())
     empty = Target(torch.zeros(0, dtype=torch.long), torch.zeros(0, 4))
     one = Target(torch.tensor([1]), random_boxes(1).float())
-    (matches,) = HungarianMatcher()(([layer], [empty, one]))
+    (matches,) = HungarianMatcher(SigmoidClasses())(([layer], [empty, one]))
     assert matches.image.tolist() == [1]
     assert matches.target.tolist() == [0]
-    (matches,) = HungarianMatcher()(([layer], [empty, empty]))
+    (matches,) = HungarianMatcher(SigmoidClasses())(([layer], [empty, empty]))
     assert matches.query.numel() == 0
 
 
@@ -90,8 +93,10 @@ def test_predictions_that_are_not_finite_are_matched_last(value):
     target = Target(torch.tensor([0, 1, 2]), boxes[0, :3].clone())
     logits = torch.zeros(1, 4, 3, dtype=torch.float64)
     boxes[0, 1] = value
-    (matches,) = HungarianMatcher()(([Predictions(logits, boxes)], [target]))
+    (matches,) = HungarianMatcher(SigmoidClasses())(([Predictions(logits, boxes)], [target]))
     assert sorted(matches.query.tolist()) == [0, 2, 3]
     assert dict(zip(matches.query.tolist(), matches.target.tolist(), strict=True))[0] == 0
-    (matches,) = HungarianMatcher()(([Predictions(logits * value, boxes * value)], [target]))
+    (matches,) = HungarianMatcher(SigmoidClasses())(
+        ([Predictions(logits * value, boxes * value)], [target])
+    )
     assert len(matches.query) == 3

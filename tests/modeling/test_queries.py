@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ddetr_d2.modeling.deformable_detr import level_projections
 from ddetr_d2.modeling.feature_levels import FeatureLevels, FeatureProjection
 from ddetr_d2.modeling.heads import DetectionHead
 from ddetr_d2.modeling.queries import EncoderProposals
@@ -20,7 +21,7 @@ def make_levels(sizes: list[tuple[int, int]], dtype: torch.dtype) -> FeatureLeve
         torch.randn(len(sizes), 32, -(-height // stride), -(-width // stride), dtype=dtype)
         for stride in STRIDES
     ]
-    projection = FeatureProjection([32] * 4, num_levels=4, hidden_dim=32).to(dtype)
+    projection = FeatureProjection(level_projections([32] * 4, 4, 32), 32).to(dtype)
     return projection(features, mask if mask.any() else None)
 
 

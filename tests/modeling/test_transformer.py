@@ -6,17 +6,13 @@ import pytest
 import torch
 
 from ddetr_d2.layers import sine_embedding
+from ddetr_d2.modeling.deformable_layers import DeformableDecoderLayer, DeformableEncoderLayer
 from ddetr_d2.modeling.feature_levels import FeatureLevels
 from ddetr_d2.modeling.heads import DetectionHead
 from ddetr_d2.modeling.queries import EncoderProposals, LearnedQueries
-from ddetr_d2.modeling.transformer import (
-    DeformableTransformer,
-    DeformableTransformerDecoder,
-    DeformableTransformerEncoder,
-    TransformerSize,
-)
+from ddetr_d2.modeling.transformer import Decoder, Encoder, Transformer, TransformerSize
 
-SIZE = TransformerSize(hidden_dim=32, num_heads=4, num_levels=2, dim_feedforward=64, dropout=0.1)
+SIZE = TransformerSize(hidden_dim=32, num_heads=4, dim_feedforward=64, dropout=0.1)
 
 
 def make_levels(shapes, valid, seed=0):
@@ -47,10 +43,10 @@ def make_transformer(queries, num_heads):
     heads = [DetectionHead(32, 3) for _ in range(num_heads)]
     for head in heads:  # boxes that move, so that refinement has something to refine
         torch.nn.init.normal_(head.bbox_embed[-2].weight, std=0.1)
-    return DeformableTransformer(
-        DeformableTransformerEncoder(SIZE, 2, 2),
+    return Transformer(
+        Encoder([DeformableEncoderLayer(SIZE, 2, 2) for _ in range(2)]),
         queries,
-        DeformableTransformerDecoder(SIZE, 3, 2, heads),
+        Decoder([DeformableDecoderLayer(SIZE, 2, 2) for _ in range(3)], heads),
     ).eval()
 
 
