@@ -18,6 +18,8 @@ VARIANTS = [
     "deformable_detr_single_scale",
     "deformable_detr_single_scale_dc5",
 ]
+# The whole family.
+MEMBERS = [*VARIANTS, "detr", "detr_dc5_plus"]
 
 # Overrides that make any of the configurations small and quick on a CPU.
 TINY = [

@@ -9,7 +9,7 @@ import torch
 
 from ddetr_d2.data.synthetic import make_synthetic
 
-from .conftest import ROOT, TINY, VARIANTS
+from .conftest import MEMBERS, ROOT, TINY
 
 
 def config(name):
@@ -21,7 +21,7 @@ def ap(output):
     return float(re.findall(r"copypaste: ([\d.]+|nan),", output)[-1])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MEMBERS)
 def test_one_step_and_one_evaluation(variant, train_net, shapes_opts, tmp_path):
     run = train_net(
         *config(variant), *TINY, *shapes_opts, "SOLVER.MAX_ITER", "1", "OUTPUT_DIR", str(tmp_path)

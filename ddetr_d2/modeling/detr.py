@@ -84,5 +84,6 @@ def _check(node: CfgNode) -> None:
         raise UserError(
             f"{prefix}NUM_FEATURE_LEVELS is {node.NUM_FEATURE_LEVELS} and IN_FEATURES "
             f"{', '.join(node.IN_FEATURES)}: DETR reads one feature as one level; give one of "
-            "each, or choose a configuration of Deformable DETR (MODEL.META_ARCHITECTURE DeformableDETR)."
+            "each, or choose a configuration of Deformable DETR (MODEL.META_ARCHITECTURE "
+            "DeformableDETR)."
         )

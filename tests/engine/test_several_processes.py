@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from ddetr_d2.data.synthetic import make_synthetic
+from ddetr_d2.engine.heartbeat import EXIT_HUNG
 
-from ..conftest import ROOT, TINY, VARIANTS
+from ..conftest import MEMBERS, ROOT, TINY
 from ..programs import run_program
 from .two_processes import two_steps
 
@@ -26,9 +27,9 @@ def by_two(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pth", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.parametrize("case", [*VARIANTS, "accumulated"])
+@pytest.mark.parametrize("case", [*MEMBERS, "accumulated"])
 def test_losses_and_gradients_are_those_of_one_process(by_two, case):
-    expected = two_steps(VARIANTS[0] if case == "accumulated" else case)
+    expected = two_steps(MEMBERS[0] if case == "accumulated" else case)
     assert expected[0][0]["loss_l1"] != expected[1][0]["loss_l1"]
     for results in by_two:
         for (values, got), (wanted_values, wanted) in zip(results[case], expected, strict=True):
@@ -158,3 +159,14 @@ def test_resumed_by_another_number_of_processes(train_net, options, interrupted)
     assert run.returncode == 0, run.stderr
     assert "started with 2 processes and goes on with 1: its images are the same" in run.stdout
     assert torch.load(interrupted / "model_final.pth", weights_only=True)["iteration"] == 1
+
+
+def test_a_process_that_hangs_in_an_evaluation_ends_the_run(options, tmp_path):
+    run = run_program(
+        TWO_PROCESSES, "hanging_evaluation", "--hang-limit", "3", *options, "SOLVER.KEEP_BEST",
+        "True", "OUTPUT_DIR", str(tmp_path),
+    )  # fmt: skip
+    assert run.returncode == EXIT_HUNG, run.stderr
+    assert "error: rank 1 of 2 hangs: no progress in an evaluation for" in run.stderr
+    assert "rank 1 stands at:" in run.stderr and "in hang" in run.stderr
+    assert (tmp_path / "model_final.pth").exists()  # the checkpoint comes first

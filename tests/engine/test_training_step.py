@@ -12,11 +12,11 @@ from ddetr_d2.data.synthetic import make_synthetic
 from ddetr_d2.engine.training_step import NotFiniteError, average_counts
 from ddetr_d2.modeling import matcher
 
-from ..conftest import ROOT, TINY, VARIANTS
+from ..conftest import MEMBERS, ROOT, TINY
 from .steps import INDEPENDENT, build, build_step, copy_of_state, gradients, images
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MEMBERS)
 def test_gradients_do_not_depend_on_how_a_batch_is_cut(variant):
     # Float64: rounding must not decide between two equally good matches.
     cfg, model = build(variant, "SOLVER.CLIP_GRADIENTS.ENABLED", "False", "SOLVER.BASE_LR", "0.0")
@@ -30,7 +30,7 @@ def test_gradients_do_not_depend_on_how_a_batch_is_cut(variant):
         torch.testing.assert_close(gradients(model), expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MEMBERS)
 def test_a_batch_without_any_box(variant):
     cfg, model = build(variant)
     step = build_step(cfg, model)

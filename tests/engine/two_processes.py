@@ -5,6 +5,7 @@
     two_processes.py train ARGUMENTS OF train_net.py
     two_processes.py nan_image ARGUMENTS OF train_net.py
     two_processes.py nan_gradient ARGUMENTS OF train_net.py
+    two_processes.py hanging_evaluation ARGUMENTS OF train_net.py
     two_processes.py steps FOLDER
 
 It is to be started by tests.programs: computing in a process that was forked from one that has
@@ -14,6 +15,7 @@ computed can wait for ever.
 import importlib.util
 import itertools
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ from ddetr_d2.engine.launch import launch
 from ddetr_d2.engine.layout import launch_argument_parser
 from ddetr_d2.engine.replicas import distributed
 from ddetr_d2.engine.trainer import Trainer
-from tests.conftest import ROOT, VARIANTS
+from tests.conftest import MEMBERS, ROOT
 from tests.engine.steps import build, build_step, gradients, images
 
 # Numbers of boxes in the images of two steps; in the second, those of process 1 have none.
@@ -47,8 +49,8 @@ def two_steps(variant: str, micro_batches: int = 1) -> list[tuple[dict, dict]]:
 
 def steps(args) -> None:
     """Write the results of all variants, and with two micro-batches of one, to a folder."""
-    results = {variant: two_steps(variant) for variant in VARIANTS}
-    results["accumulated"] = two_steps(VARIANTS[0], micro_batches=2)
+    results = {variant: two_steps(variant) for variant in MEMBERS}
+    results["accumulated"] = two_steps(MEMBERS[0], micro_batches=2)
     torch.save(results, Path(args.opts[0], f"{comm.get_rank()}.pth"))
 
 
@@ -82,7 +84,28 @@ class NanGradient(Trainer):
         return model
 
 
-TRAINERS = {"train": Trainer, "nan_image": NanImage, "nan_gradient": NanGradient}
+class HangingEvaluation(Trainer):
+    """Rank 1 never finishes an image of an evaluation."""
+
+    @classmethod
+    def build_model(cls, cfg):
+        model = super().build_model(cfg)
+
+        def hang(module, inputs):
+            if not module.training:
+                time.sleep(600)
+
+        if comm.get_rank() == 1:
+            model.register_forward_pre_hook(hang)
+        return model
+
+
+TRAINERS = {
+    "train": Trainer,
+    "nan_image": NanImage,
+    "nan_gradient": NanGradient,
+    "hanging_evaluation": HangingEvaluation,
+}
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from ddetr_d2.modeling.inference import (
     prepare_for_inference,
 )
 
-from ..conftest import TINY, VARIANTS
+from ..conftest import MEMBERS, TINY
 from .test_deformable_detr import build, make_batch
 
 
@@ -37,7 +37,7 @@ def raw(model: nn.Module, batch: list[dict]) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN", ""])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MEMBERS)
 def test_output_stays_and_the_model_too(variant, norm):
     model = randomize(build(variant, *TINY, "MODEL.RESNETS.NORM", norm))
     before = copy.deepcopy(model.state_dict())

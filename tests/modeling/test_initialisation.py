@@ -158,6 +158,11 @@ def test_every_parameter(config, opts, heads, equal):
     model = build(config, *opts, *start)
     levels = len(model.projection.level_embed)
     expected = checks(levels, "TWO_STAGE" in str(opts) or "two_stage" in config, heads)
+    check_parameters(model, expected)
+
+
+def check_parameters(model: nn.Module, expected: dict[str, Callable[[Tensor], None]]) -> None:
+    """Check every parameter but the backbone's by the one pattern that its name matches."""
     seen = set()
     for name, parameter in model.named_parameters():
         if name.startswith("backbone."):
@@ -170,6 +175,43 @@ def test_every_parameter(config, opts, heads, equal):
         except AssertionError as error:
             raise AssertionError(f"{name} starts otherwise") from error
     assert seen == expected.keys()
+
+
+@pytest.mark.parametrize("config, outputs", [("detr", 8), ("detr_dc5_plus", 7)])
+def test_every_parameter_of_detr(config, outputs):
+    """Matrices of the transformer are Xavier uniform; heads and projection as PyTorch draws them,
+    but for the classes' bias where there is the focal loss."""
+    model = build(config)
+    channels = model.projection.input_proj[0][0].in_channels
+    head = r"transformer\.decoder\.heads\.0\."
+    bias = constant(-math.log(99)) if config == "detr_dc5_plus" else linear_default(WIDTH)
+    expected = {
+        r"projection\.input_proj\.0\.0\.(weight|bias)": linear_default(channels),
+        r".*norm\d?\.weight": constant(1),
+        r".*norm\d?\.bias": constant(0),
+        r".*\.(self|cross)_attn\.(in_proj_|out_proj\.)weight": xavier,
+        r".*\.(self|cross)_attn\.(in_proj_|out_proj\.)bias": constant(0),
+        r".*\.ffn\.linear[12]\.weight": xavier,
+        r".*\.ffn\.linear1\.bias": linear_default(WIDTH),
+        r".*\.ffn\.linear2\.bias": linear_default(HIDDEN),
+        r"transformer\.queries\.query_embed\.weight": standard_normal,
+        head + r"class_embed\.weight": linear_default(WIDTH),
+        head + r"class_embed\.bias": bias,
+        head + r"bbox_embed\.[036]\.weight": linear_default(WIDTH),
+        head + r"bbox_embed\.[036]\.bias": small(1 / math.sqrt(WIDTH)),
+    }
+    assert model.transformer.decoder.heads[0].class_embed.out_features == outputs
+    assert model.transformer.decoder.norm.weight.shape == (WIDTH,)
+    check_parameters(model, expected)
+
+
+def small(bound: float) -> Callable[[Tensor], None]:
+    """Too few numbers to tell their distribution."""
+
+    def check(tensor: Tensor) -> None:
+        assert 0 < tensor.abs().max() <= bound
+
+    return check
 
 
 def equal(a: nn.Module, b: nn.Module) -> bool:
