@@ -35,7 +35,7 @@ ROWS = [
         [
             ("micro-batch", "data/loader.py", "N images"),
             ("boxes counted", "engine/training_step.py", "one number"),
-            ("padding", "modeling/deformable_detr.py", "N × 3 × 800 × 1066"),
+            ("padding", "modeling/set_detector.py", "N × 3 × 800 × 1066"),
             ("backbone", "modeling/backbone.py", "strides 8, 16, 32"),
             ("levels", "modeling/feature_levels.py", "N × 17,821 × 256"),
         ],
