@@ -7,6 +7,7 @@ from typing import Any
 from detectron2.engine.hooks import HookBase
 
 from ..checkpoint import DetrCheckpointer
+from . import heartbeat
 
 
 class PeriodicSaving(HookBase):
@@ -66,7 +67,8 @@ class BestCheckpointer(HookBase):
         self.best, self.iteration = value, done
         counter, self.trainer.iter = self.trainer.iter, done  # goes into the checkpoint
         try:
-            self.checkpointer.save(self.NAME, newest=False, iteration=done)
+            with heartbeat.writing():
+                self.checkpointer.save(self.NAME, newest=False, iteration=done)
         finally:
             self.trainer.iter = counter
         logging.getLogger(__name__).info(

@@ -93,7 +93,8 @@ def explain(
             "iteration": iteration,
             "values": error.values,
         }
-        save_whole(content, path)
+        with heartbeat.writing():
+            save_whole(content, path)
         return (
             f"training has diverged: iteration {iteration} gives numbers that are not finite, "
             f"first in {where}, for the images {', '.join(images_of(batch))}. Lower "

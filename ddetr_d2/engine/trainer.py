@@ -217,10 +217,11 @@ class Trainer(DefaultTrainer):
                 "pending": pending,
                 "skipped": self._skipped,
             }
-            self.checkpointer.save(name, iteration=self.iter, run=run)
-            if self._trainer.ema is not None and name == "model_final":
-                averaged = self.build_checkpointer(self.cfg, self._trainer.ema.module)
-                averaged.save("model_final_ema", newest=False, iteration=self.iter)
+            with heartbeat.writing():
+                self.checkpointer.save(name, iteration=self.iter, run=run)
+                if self._trainer.ema is not None and name == "model_final":
+                    averaged = self.build_checkpointer(self.cfg, self._trainer.ema.module)
+                    averaged.save("model_final_ema", newest=False, iteration=self.iter)
 
         on_main_process(write)
 
@@ -331,12 +332,14 @@ class Trainer(DefaultTrainer):
         )
 
     @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        return build_detection_test_loader(
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> heartbeat.EvaluatedBatches:
+        """This process's part of the images of an evaluation, one a batch."""
+        loader = build_detection_test_loader(
             load_records(dataset_name),
             mapper=DetrDatasetMapper(cfg, is_train=False),
             num_workers=cfg.DATALOADER.NUM_WORKERS,
         )
+        return heartbeat.EvaluatedBatches(loader)
 
     @classmethod
     def build_evaluator(
