@@ -1,5 +1,6 @@
 """Runs of two real processes: how they end, and what they say, whatever happens to them."""
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -236,6 +237,7 @@ def test_two_machines(run, tmp_path, fails):
 
 
 SCRIPT = """
+import multiprocessing
 import sys
 from pathlib import Path
 from ddetr_d2.engine.launch import launch
@@ -245,7 +247,8 @@ from detectron2.utils import comm
 
 def main(args):
     folder = Path(args.opts[0])
-    (folder / f"{comm.get_rank()} of {comm.get_world_size()}, {comm.get_local_rank()}").touch()
+    place = f"{comm.get_rank()} of {comm.get_world_size()}, {comm.get_local_rank()}"
+    (folder / place).write_text(multiprocessing.get_start_method())
     if len(args.opts) > 1:
         raise UserError(args.opts[1])
 
@@ -276,7 +279,8 @@ def test_program(command, tmp_path):
     assert done.returncode == (1 if "-m" in command else 2), done.stderr  # torchrun has one code
     assert done.stderr.count("no such file.") == 1
     assert "error: no such file.\n" in done.stderr
-    assert (tmp_path / "0 of 2, 0").exists() and (tmp_path / "1 of 2, 1").exists()
+    for place in ("0 of 2, 0", "1 of 2, 1"):  # data workers are started as everywhere
+        assert (tmp_path / place).read_text() == multiprocessing.get_start_method()
 
 
 def test_one_process_runs_in_this_one(tmp_path):
