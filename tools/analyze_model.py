@@ -38,12 +38,12 @@ from ddetr_d2.layers.flops import add_activation_handles, add_flop_handles
 TASKS = ("parameter", "flop", "activation", "structure")
 DEFAULT_SIZE = (800, 1066)
 PARTS = {
-    "backbone": "backbone",
-    "projection": "projection",
-    "encoder": "transformer.encoder",
-    "queries": "transformer.queries",
-    "decoder": "transformer.decoder.layers",
-    "heads": "transformer.decoder.heads",
+    "backbone": ("backbone",),
+    "projection": ("projection",),
+    "encoder": ("transformer.encoder",),
+    "queries": ("transformer.queries",),
+    "decoder": ("transformer.decoder.layers", "transformer.decoder.norm"),  # DETR's has a norm
+    "heads": ("transformer.decoder.heads",),
 }
 
 # How often each (height, width) in pixels occurs among the images.
@@ -59,11 +59,11 @@ def count_parameters(model: nn.Module) -> Counts:
         trained[name] = parameter.numel() * parameter.requires_grad
     counts = parameter_count(model)
     result = {}
-    for part, module in {**PARTS, "total": ""}.items():
-        prefix = f"{module}." if module else ""
+    for part, modules in {**PARTS, "total": ("",)}.items():
+        prefixes = tuple(f"{module}." if module else "" for module in modules)
         result[part] = Counter(
-            all=counts[module],
-            trained=sum(n for name, n in trained.items() if name.startswith(prefix)),
+            all=sum(counts[module] for module in modules),
+            trained=sum(n for name, n in trained.items() if name.startswith(prefixes)),
         )
     return result
 
@@ -75,7 +75,7 @@ def count_flops(model: nn.Module, size: tuple[int, int]) -> tuple[Counts, Counte
     encoder's proposals included.
 
     Args:
-        model: a :class:`ddetr_d2.modeling.DeformableDETR`.
+        model: a :class:`ddetr_d2.modeling.SetDetector`.
         size: height and width of the image in pixels.
     """
     inputs = [{"image": torch.zeros(3, *size, dtype=torch.uint8)}]
@@ -105,7 +105,10 @@ def _by_part(model: nn.Module, analysis: JitModelAnalysis) -> Counts:
     with _traceable(model):
         counts = analysis.by_module_and_operator()
     model.train(training)
-    parts = {part: counts[f"model.{module}"] for part, module in PARTS.items()}
+    parts = {
+        part: sum((counts.get(f"model.{module}", Counter()) for module in modules), Counter())
+        for part, modules in PARTS.items()
+    }
     total = counts[""]
     rest = total - sum(parts.values(), Counter())
     return {**parts, **({"rest": rest} if rest else {}), "total": total}

@@ -78,7 +78,7 @@ def _attention(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     """query (..., Q, E), key (..., S, E), value (..., S, V): the two matrix products."""
     *heads, queries, width = get_shape(inputs[0])
     *_, keys, value_width = get_shape(inputs[2])
-    return Counter({"attention": prod(heads) * queries * keys * (width + value_width)})
+    return Counter({"attention": prod(heads) * queries * keys * (width)})
 
 
 def _deform_conv(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
@@ -99,7 +99,7 @@ def _free(inputs: list[Any], outputs: list[Any]) -> int:
 
 
 def add_flop_handles(analysis: FlopCountAnalysis) -> None:
-    """Let ``analysis`` count the operators of Deformable DETR.
+    """Let ``analysis`` count the operators of DETR and Deformable DETR.
 
     Batch normalisation is free: at inference it is one factor and one summand per channel, which
     is elementwise arithmetic and can be folded into the convolution before it.

@@ -12,6 +12,7 @@ from detectron2.modeling import build_model
 
 from ddetr_d2.engine import setup_cfg
 from ddetr_d2.errors import UserError
+from ddetr_d2.modeling import DETR
 
 from ..conftest import ROOT, TINY
 
@@ -27,6 +28,12 @@ REFERENCE = {
     "deformable_detr_refine": (40_849_660, 166.3),
     "deformable_detr_refine_two_stage": (41_181_529, 170.3),
 }
+# The same for DETR; the last figure is what the count of the reference leaves out, the product of
+# queries and keys in masked attention.
+DENSE_REFERENCE = {
+    "detr": (41_524_768, 80.0, 1.27),
+    "detr_dc5": (41_524_768, 155.6, 17.78),
+}
 CLASSES = ["MODEL.DEFORMABLE_DETR.NUM_CLASSES", "3"]
 
 
@@ -34,9 +41,9 @@ def config(name):
     return str(ROOT / "configs" / f"{name}.yaml")
 
 
-@pytest.fixture
-def tiny():
-    return build_model(setup_cfg(config("deformable_detr_refine_two_stage"), [*TINY, *CLASSES]))
+@pytest.fixture(params=["deformable_detr_refine_two_stage", "detr"])
+def tiny(request):
+    return build_model(setup_cfg(config(request.param), [*TINY, *CLASSES]))
 
 
 def run(*arguments, name="deformable_detr_refine_two_stage", opts=(*TINY, *CLASSES)):
@@ -62,22 +69,45 @@ def test_figures_of_the_reference(name):
     assert total == pytest.approx(gflops, abs=0.06)
 
 
+@pytest.mark.parametrize("name", DENSE_REFERENCE)
+def test_figures_of_the_dense_reference(name):
+    parameters, gflops, left_out = DENSE_REFERENCE[name]
+    opts = ["MODEL.DEVICE", "cpu", "MODEL.DEFORMABLE_DETR.NUM_CLASSES", "91"]
+    model = build_model(setup_cfg(config(name), opts))
+    assert analyze.count_parameters(model)["total"]["all"] == parameters
+
+    counts, unsupported = analyze.count_flops(model, (800, 1066))
+    assert not unsupported
+    total = counts["total"].total() / 1e9
+    assert total == pytest.approx(gflops + left_out, rel=0.001)
+    # Half of what attention costs is the product of queries and keys; that among the queries of
+    # the decoder is not masked.
+    unmasked = 2 * 6 * 100 * 100 * 256
+    masked = (counts["total"]["attention"] - unmasked) / 2 / 1e9
+    assert masked == pytest.approx(left_out, abs=0.04)
+    assert total - masked == pytest.approx(gflops, abs=0.06)
+
+
 def test_parts_make_up_the_total(tiny):
     flops, _ = analyze.count_flops(tiny, (64, 96))
+    parameters = analyze.count_parameters(tiny)
     for counts in (
-        analyze.count_parameters(tiny),
+        parameters,
         flops,
         analyze.count_activations(tiny, (64, 96)),
     ):
         assert list(counts) == [*analyze.PARTS, "total"]
         parts = [counts[part] for part in analyze.PARTS]
         assert sum(parts, Counter()) == Counter(counts["total"])
-        assert all(part.total() > 0 for part in parts)
+        # The queries of DETR are learned and cost no arithmetic.
+        free = ["queries"] if type(tiny) is DETR and counts is not parameters else []
+        assert all(counts[part].total() > 0 for part in analyze.PARTS if part not in free)
 
 
 def test_heads_of_every_layer_are_counted(tiny):
     counts, _ = analyze.count_flops(tiny, (64, 96))
-    assert counts["heads"]["linear"] == 2 * 20 * (64 * 3 + 2 * 64 * 64 + 64 * 4)
+    outputs = 4 if type(tiny) is DETR else 3  # classes, and "no object" of the softmax
+    assert counts["heads"]["linear"] == 2 * 20 * (64 * outputs + 2 * 64 * 64 + 64 * 4)
 
 
 def test_the_model_is_left_as_it_was(tiny):
@@ -91,7 +121,9 @@ def test_the_model_is_left_as_it_was(tiny):
 def test_operators_without_a_formula_are_named(tiny, capsys):
     tiny.backbone.register_forward_hook(lambda _, args, out: {k: v.erf() for k, v in out.items()})
     analyze.report_flops(tiny, Counter([(64, 96)]))
-    assert "Not counted, for want of a formula: aten::erf (3 times)" in capsys.readouterr().out
+    times = len(tiny.in_features)
+    expected = f"Not counted, for want of a formula: aten::erf ({times} times)"
+    assert expected in capsys.readouterr().out
 
 
 def test_prints_a_table_for_each_task(capsys):
