@@ -78,7 +78,7 @@ def _attention(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     """query (..., Q, E), key (..., S, E), value (..., S, V): the two matrix products."""
     *heads, queries, width = get_shape(inputs[0])
     *_, keys, value_width = get_shape(inputs[2])
-    return Counter({"attention": prod(heads) * queries * keys * (width)})
+    return Counter({"attention": prod(heads) * queries * keys * (width + value_width)})
 
 
 def _deform_conv(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
