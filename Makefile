@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/installed.stamp
 COMPILED := $(VENV)/compiled.stamp
 
 REQUIREMENTS := requirements-build.txt requirements.txt requirements-detectron2.txt
-ALIAS := $(wildcard third_party/detectron2/*.py third_party/detectron2/*.pth third_party/detectron2/*.toml)
+DETECTRON2 := third_party/detectron2/install.py
 CSRC := $(sort $(shell find ddetr_d2/layers/csrc -type f 2>/dev/null))
 
 .PHONY: help setup demo test lint bench sanitize soak
@@ -56,7 +56,7 @@ lint: $(INSTALLED)
 	$(PY) -m ruff check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.cpp %.cu %.h %.cuh,$(CSRC))
 
-$(INSTALLED): $(REQUIREMENTS) $(ALIAS)
+$(INSTALLED): $(REQUIREMENTS) $(DETECTRON2)
 	@test -n '$(PYTHON)' || { echo 'error: no Python 3.11 or newer was found:' \
 		'install one, or name it: make PYTHON=/path/to/python3.11' >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -66,8 +66,7 @@ $(INSTALLED): $(REQUIREMENTS) $(ALIAS)
 	@echo 'Installing torch, Detectron2 and what they need into $(VENV): some minutes, about 6 GB'
 	$(PIP) install -q -r requirements-build.txt
 	$(PIP) install --no-build-isolation --no-warn-conflicts -r requirements.txt
-	$(PIP) install -q --no-deps --ignore-requires-python -r requirements-detectron2.txt
-	$(PIP) install -q --no-deps --no-build-isolation --force-reinstall ./third_party/detectron2
+	$(PY) $(DETECTRON2)
 	@touch $@
 
 $(COMPILED): $(INSTALLED) setup.py pyproject.toml $(CSRC)
