@@ -16,9 +16,15 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 CSRC = Path("ddetr_d2", "layers", "csrc")
+# Configurations lie at the top of a clone and within the package where it is installed.
+PACKAGES = {
+    "packages": [*find_packages(include=["ddetr_d2*"]), "ddetr_d2.configs"],
+    "package_dir": {"ddetr_d2.configs": "configs"},
+    "package_data": {"ddetr_d2": ["py.typed"], "ddetr_d2.configs": ["*.yaml"]},
+}
 
 
 def flag(name: str) -> bool:
@@ -111,10 +117,10 @@ def extension():
 reason = why_no_extension()
 if reason is not None:
     say(f"the operator is not compiled, its slower PyTorch form will be used: {reason}")
-    setup()
+    setup(**PACKAGES)
 else:
     # After extension(), which says what to do where torch is missing.
     modules = [extension()]
     from torch.utils.cpp_extension import BuildExtension
 
-    setup(ext_modules=modules, cmdclass={"build_ext": BuildExtension})
+    setup(**PACKAGES, ext_modules=modules, cmdclass={"build_ext": BuildExtension})

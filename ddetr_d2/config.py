@@ -1,7 +1,36 @@
 """Configuration keys that DETR and Deformable DETR add to Detectron2's own."""
 
+from pathlib import Path
+
 import torch
 from detectron2.config import CfgNode as CN
+
+from .errors import UserError, nearest
+
+_PACKAGE = Path(__file__).parent
+# Within an installed package; in a clone beside it.
+_CONFIGS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+
+
+def config_file(name: str) -> str:
+    """Path of a configuration of this project, such as ``deformable_detr_refine``.
+
+    Args:
+        name: of a file in configs/, with or without ``.yaml``.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    name = name.removesuffix(".yaml")
+    folder = next((folder for folder in _CONFIGS if folder.is_dir()), _CONFIGS[-1])
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(path.stem for path in folder.glob("*.yaml"))
+        raise UserError(
+            f"there is no configuration {name!r}{nearest(name, known)}; there are: "
+            f"{', '.join(known)}."
+        )
+    return str(path)
 
 
 def add_deformable_detr_config(cfg: CN) -> None:
