@@ -209,7 +209,7 @@ def environment(device: str) -> Record:
     """Machine, versions, date and command, as they belong to every figure."""
     gpu = device == "cuda"
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": shlex.join(["python", f"tools/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name() if gpu else _processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
