@@ -99,6 +99,4 @@ def _cut(image: np.ndarray, box: list[float]) -> np.ndarray:
     scale = CROP / side
     left, top = x + width / 2 - side / 2, y + height / 2 - side / 2
     matrix = np.array([[scale, 0, -left * scale], [0, scale, -top * scale]])
-    return cv2.warpAffine(
-        image, matrix, (CROP, CROP), flags=cv2.INTER_AREA, borderMode=cv2.BORDER_REPLICATE
-    )
+    return cv2.warpAffine(image, matrix, (CROP, CROP), borderMode=cv2.BORDER_REPLICATE)

@@ -49,14 +49,14 @@ class Settings:
     iterations: int = 1000
     baseline_factor: int = 10
     interval: int = 100
-    rates: tuple[float, ...] = (0.0003, 0.0006, 0.0012)
+    rates: tuple[float, ...] = (0.0001, 0.0003, 0.001)
     search_iterations: int = 400
     baseline_search_factor: int = 10
     train_images: int = 4000
     val_images: int = 250
     image_size: int = 256
     max_objects: int = 3
-    backbone_steps: int = 600
+    backbone_steps: int = 300
 
     def __post_init__(self) -> None:
         times = [self.interval * count for count in _EVALUATIONS]

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 from detectron2.modeling import build_model
 
@@ -20,6 +21,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import compare_convergence as tool  # noqa: E402
 import convergence_runs  # noqa: E402
+from convergence_backbone import cut_objects  # noqa: E402
 from convergence_curves import read_curve  # noqa: E402
 from convergence_members import MEMBERS  # noqa: E402
 from convergence_runs import Comparison, Run, Settings, run_all  # noqa: E402
@@ -284,3 +286,22 @@ def test_an_interrupted_comparison_goes_on(tmp_path, monkeypatch):
     assert curve.until(2) == searched  # nothing was done twice
     assert all(minutes > 0 for minutes in curve.minutes)
     assert comparison.todo(members, 1) == ([], [])
+
+
+def test_objects_are_cut_out_in_the_middle_of_a_square(tmp_path):
+    image = np.zeros((100, 200, 3), np.uint8)
+    image[40:60, 100:140] = (0, 0, 255)  # red, in OpenCV's order
+    cv2.imwrite(str(tmp_path / "a.png"), image)
+    content = {
+        "images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "not_needed.png"}],
+        "annotations": [{"image_id": 1, "category_id": 7, "bbox": [100, 40, 40, 20]}],
+        "categories": [{"id": 3}, {"id": 7}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    images, labels = cut_objects(tmp_path / "a.json", tmp_path)
+    assert labels.tolist() == [1]
+    red = images[0, 0] > 127
+    assert not images[0, 1:].any()
+    # 40 of 56 pixels become 46 of 64, 20 become 23.
+    assert red.any(0).nonzero().flatten()[[0, -1]].tolist() == pytest.approx([9, 54], abs=1)
+    assert red.any(1).nonzero().flatten()[[0, -1]].tolist() == pytest.approx([21, 42], abs=1)
