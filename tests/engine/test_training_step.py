@@ -76,13 +76,15 @@ def shapes(count):
         record["image"] = torch.from_numpy(image.transpose(2, 0, 1).copy())
         instances = Instances((64, 64))
         instances.gt_boxes = Boxes([x.box for x in objects])
-        instances.gt_classes = torch.tensor([x.class_index % 3 for x in objects])
+        classes = [x.class_index % 3 for x in objects]
+        instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
         record["instances"] = instances
     return batch
 
 
 def test_bfloat16_learns_as_float32():
-    batch = shapes(2)
+    images = shapes(16)
+    batches = [images[i : i + 2] for i in range(0, 16, 2)]
     ends = []
     for mixed_precision in (False, True):
         cfg, model = build("deformable_detr_single_scale", "SOLVER.BASE_LR", "0.0002")
@@ -90,12 +92,12 @@ def test_bfloat16_learns_as_float32():
         # Without it the last losses depend on the noise of the last steps.
         decay = torch.optim.lr_scheduler.LinearLR(step.optimizer, 1.0, 0.01, 200)
         losses = []
-        for _ in range(200):
-            values = step([batch])
+        for number in range(200):
+            values = step([batches[number % 8]])
             decay.step()
             losses.append(sum(x for name, x in values.items() if name.startswith("loss_")))
-        ends.append(sum(losses[-20:]) / 20)
-        assert ends[-1] < 0.2 * losses[0]  # it has learnt
+        ends.append(sum(losses[-24:]) / 24)
+        assert ends[-1] < 0.5 * losses[0]  # it has learnt
     assert ends[1] != ends[0]
     assert ends[1] == pytest.approx(ends[0], rel=0.02)
 
