@@ -5,7 +5,9 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from ddetr_d2.data import datasets
 from ddetr_d2.data.synthetic import make_synthetic
 
 from .programs import run_program
@@ -75,3 +77,20 @@ def replay_step():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main
+
+
+@pytest.fixture
+def clean_catalogs():
+    """Data sets that a test registers are gone after it."""
+    functions, metadata = dict(DatasetCatalog.data), set(MetadataCatalog.data)
+    declared, read = dict(datasets._declared), dict(datasets._read)
+    yield
+    for current, before in (
+        (datasets._declared, declared),
+        (datasets._read, read),
+        (DatasetCatalog.data, functions),
+    ):
+        current.clear()
+        current.update(before)
+    for name in set(MetadataCatalog.data) - metadata:
+        MetadataCatalog.remove(name)

@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from ddetr_d2.checkpoint.writing import Output
 from ddetr_d2.data.coco.image_files import read_headers
+from ddetr_d2.data.wording import counted, plural
 from ddetr_d2.errors import UserError, exit_on_user_error
 
 with exit_on_user_error():
@@ -81,7 +82,9 @@ def hold_out(split: Split, fraction: float) -> list[Split]:
     """``split`` without a random part of its images, and that part as ``val``."""
     count = max(1, round(len(split.images) * fraction))
     if not (0 < fraction and count < len(split.images)):
-        raise UserError(f"--hold-out {fraction} of {len(split.images)} images leaves a set empty")
+        raise UserError(
+            f"--hold-out {fraction} of {counted(len(split.images), 'image')} leaves a set empty"
+        )
     chosen = set(random.Random(0).sample(range(len(split.images)), count))
     parts = [[i for i in range(len(split.images)) if (i in chosen) == c] for c in (False, True)]
     return [
@@ -143,7 +146,8 @@ def read_objects(splits: Sequence[Split], read_label: ReadLabel) -> dict[str, li
     bad = [(path, h.error) for path, h in zip(images, headers, strict=True) if h.error]
     if bad:
         raise UserError(
-            f"{len(bad)} images cannot be read: remove them; the first is {bad[0][0]}: {bad[0][1]}"
+            f"{counted(len(bad), 'image')} cannot be read: remove "
+            f"{plural(len(bad), 'it', 'them')}; the first is {bad[0][0]}: {bad[0][1]}"
         )
     found = {}
     with tqdm(total=len(images), desc="Converting", unit="image") as bar:
@@ -178,7 +182,10 @@ def report(split: Split, found: Sequence[Objects]) -> None:
     """Print what is in a split, and what is odd about it."""
     boxes = sum(len(objects.boxes) for objects in found)
     empty = sum(not len(objects.boxes) for objects in found)
-    print(f"{split.name}: {len(found)} images ({empty} without objects), {boxes} boxes")
+    print(
+        f"{split.name}: {counted(len(found), 'image')} ({empty:,} without objects), "
+        f"{counted(boxes, 'box', 'boxes')}"
+    )
     difficult = sum(sum(objects.difficult) for objects in found)
     if difficult:
         note(f"{difficult} difficult objects of {split.name} become iscrowd: no training on them")
@@ -191,7 +198,8 @@ def report(split: Split, found: Sequence[Objects]) -> None:
     if outside:
         image, box = outside[0]
         note(
-            f"{len(outside)} boxes of {split.name} lie outside their image, the first in {image}: "
+            f"{counted(len(outside), 'box', 'boxes')} of {split.name} "
+            f"{plural(len(outside), 'lies', 'lie')} outside of the image, the first in {image}: "
             f"{', '.join(f'{value:g}' for value in box)} in pixels"
         )
 
@@ -231,7 +239,10 @@ def convert(args: argparse.Namespace) -> None:
         raise UserError(f"{output} cannot be written: {error.strerror}") from error
     for split in splits:
         report(split, found[split.name])
-    print(f"{len(classes)} classes: {', '.join(classes[:10])}{', ...' * (len(classes) > 10)}")
+    print(
+        f"{counted(len(classes), 'class', 'classes')}: "
+        f"{', '.join(classes[:10])}{', ...' * (len(classes) > 10)}"
+    )
     if len(splits) == 1:
         note("there is no set to evaluate on; --hold-out 0.1 sets a tenth of the images aside")
     print(f"wrote {output}; look at it and train with\n")

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ddetr_d2.data.coco.image_files import ImageHeader
+from ddetr_d2.data.wording import counted, plural
 from ddetr_d2.errors import UserError
 
 SPLIT_OF_FOLDER = {
@@ -60,7 +61,10 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text in UTF-8: byte {error.start}") from error
+        raise UserError(
+            f"{path} is no text in UTF-8: byte {error.start}. If it has another encoding, such as "
+            "Latin-1, save the file as UTF-8"
+        ) from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -107,7 +111,7 @@ def find_labels(splits: Sequence[Split], suffix: str) -> list[Split]:
             kept.append(split)
         elif split is splits[0]:
             raise UserError(
-                f"{split.folder}: none of the {len(split.images)} images has a label "
+                f"{split.folder}: none of the {counted(len(split.images), 'image')} has a label "
                 f"file ({suffix}) beside it or in a folder called labels or Annotations"
             )
         else:
@@ -125,7 +129,8 @@ def find_labels(splits: Sequence[Split], suffix: str) -> list[Split]:
     unused = sorted(path for path in beside - used if not other.fullmatch(path.stem))
     if unused:
         note(
-            f"{len(unused)} label files are not used, as no image of these sets has their name; "
+            f"{counted(len(unused), 'label file')} {plural(len(unused), 'is', 'are')} not used, as "
+            f"no image of these sets has {plural(len(unused), 'its', 'their')} name; "
             f"the first is {unused[0]}"
         )
     return kept

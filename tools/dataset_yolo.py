@@ -1,5 +1,6 @@
 """YOLO folders: their classes, sets of images and label files."""
 
+import contextlib
 import math
 import os
 import re
@@ -176,6 +177,18 @@ def images_of_list(path: Path, bases: Sequence[Path]) -> list[Path]:
     return images
 
 
+def _check_fractions(line: str) -> None:
+    """Refuse a line in pixels. Boxes that reach a little beyond the image are not meant."""
+    numbers = []
+    with contextlib.suppress(ValueError):  # what is no number is refused where it is read
+        numbers = [float(word) for word in line.split()[1:5]]
+    if any(1.5 < abs(number) < math.inf for number in numbers):
+        raise ValueError(
+            f"{line.strip()!r} looks like pixels: YOLO wants fractions of the image's width and "
+            "height, numbers from 0 to 1"
+        )
+
+
 def read_label(
     path: Path | None, header: ImageHeader, names: Sequence[str], pose_values: int
 ) -> Objects:
@@ -192,6 +205,8 @@ def read_label(
         if pose_values:
             rows = [line.split() for line in lines]
             lines = [" ".join(r[:5] if len(r) == 5 + pose_values else r) for r in rows]
+        for line in lines:
+            _check_fractions(line)
         detections = yolo_annotations_to_detections(lines, header.upright, with_masks=False)
         for number in detections.class_id:
             if not 0 <= number < len(names):

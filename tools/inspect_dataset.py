@@ -23,13 +23,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from matplotlib.figure import Figure
 
-from ddetr_d2.data import data_set_classes
 from ddetr_d2.data.coco import CocoAnnotations, CocoSource, read_annotations
 from ddetr_d2.data.coco.image_files import find_image_files
 from ddetr_d2.data.coco.rows import read_rows
+from ddetr_d2.data.datasets import coco_source, declare_data_sets
 from ddetr_d2.data.report import DataReport, full_text, report_on
 from ddetr_d2.engine import setup_cfg
 from ddetr_d2.errors import UserError, exit_on_user_error, nearest
@@ -83,7 +83,7 @@ def find_sources(
         UserError: there is no such set, or it is not clear where its images are.
     """
     everything = list(dict.fromkeys((*training, *test)))
-    _register_declared(cfg)
+    declare_data_sets(cfg)
     files = [name for name in everything if name not in DatasetCatalog]
     if folders and len(folders) not in (1, len(files)):
         raise UserError(
@@ -95,7 +95,7 @@ def find_sources(
     folder_of = dict(zip(files, folders, strict=True))
     names = short_names(files)
     return {
-        name: _of_file(names[name], name, folder_of[name]) if name in files else _of_catalog(name)
+        name: _of_file(names[name], name, folder_of[name]) if name in files else coco_source(name)
         for name in everything
     }
 
@@ -110,24 +110,6 @@ def short_names(paths: Sequence[str]) -> dict[str, str]:
             if sum(Path(other).parts[-length:] == parts[-length:] for other in paths) == 1:
                 break
     return result
-
-
-def _register_declared(cfg: CfgNode) -> None:
-    declared = cfg.clone()
-    declared.DATASETS.TRAIN = declared.DATASETS.TEST = ()
-    data_set_classes(declared)
-
-
-def _of_catalog(name: str) -> CocoSource:
-    metadata = MetadataCatalog.get(name)
-    if metadata.get("evaluator_type") != "coco" or not metadata.get("json_file"):
-        raise UserError(f"data set {name!r} is not in COCO format")
-    root = os.getenv("DETECTRON2_DATASETS", "datasets")
-    remedy = (
-        "correct the path where it is declared, or, if it is one of Detectron2's own, set the "
-        f"environment variable DETECTRON2_DATASETS, now {root!r}"
-    )
-    return CocoSource(name, metadata.json_file, metadata.image_root, remedy)
 
 
 def _of_file(name: str, path: str, folder: str | None) -> CocoSource:

@@ -13,6 +13,7 @@ from ..class_names import listed, match_classes
 from ..errors import UserError, nearest
 from .coco import CocoAnnotations, CocoSource, check_objects, read_annotations, read_class_names
 from .coco.annotations import Id
+from .wording import counted, plural
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def register_datasets(cfg: CfgNode, model_classes: Sequence[str] | None = None) 
         UserError: no data set is named, a declaration is malformed, a name is not registered, a
             data set cannot be used, or one has no class in common with the model.
     """
-    _register_declared(cfg)
+    _declare_and_check(cfg)
     names = list(dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)))
     if not names:
         raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty: name a data set")
@@ -130,16 +131,20 @@ def data_set_classes(cfg: CfgNode) -> list[str] | None:
         UserError: a declaration is malformed, a name is not registered, or an annotation file
             cannot be read.
     """
-    _register_declared(cfg)
+    _declare_and_check(cfg)
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
         known = MetadataCatalog.get(name).get("thing_classes")
         if known or _is_coco(name):
-            return list(known) if known else read_class_names(_source(name))
+            return list(known) if known else read_class_names(coco_source(name))
     return None
 
 
-def _register_declared(cfg: CfgNode) -> None:
-    """Register ``cfg.DATASETS.COCO_FORMAT``, and check that the data sets named are registered."""
+def declare_data_sets(cfg: CfgNode) -> None:
+    """Register ``cfg.DATASETS.COCO_FORMAT``; no file is looked at.
+
+    Raises:
+        UserError: a declaration is malformed, or has the name of another data set.
+    """
     names = set()
     for entry in cfg.DATASETS.COCO_FORMAT:
         if (
@@ -171,6 +176,11 @@ def _register_declared(cfg: CfgNode) -> None:
         MetadataCatalog.get(name).set(
             json_file=json_file, image_root=image_root, evaluator_type="coco"
         )
+
+
+def _declare_and_check(cfg: CfgNode) -> None:
+    """Register what is declared, and check that the data sets to be used are registered."""
+    declare_data_sets(cfg)
     for key in ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
             if name not in DatasetCatalog:
@@ -193,10 +203,17 @@ def _is_coco(name: str) -> bool:
     return MetadataCatalog.get(name).get("evaluator_type") == "coco"
 
 
-def _source(name: str) -> CocoSource:
+def coco_source(name: str) -> CocoSource:
+    """The annotation file and the image folder of a registered data set.
+
+    Raises:
+        UserError: it is not in COCO format.
+    """
     if name in _declared:
         return _declared[name]
     metadata = MetadataCatalog.get(name)
+    if not _is_coco(name) or not metadata.get("json_file"):
+        raise UserError(f"data set {name!r} is not in COCO format")
     root = os.getenv("DETECTRON2_DATASETS", "datasets")
     remedy = (
         "Detectron2 looks for its own data sets in the folder that the environment variable "
@@ -206,7 +223,7 @@ def _source(name: str) -> CocoSource:
 
 
 def _read_coco(name: str, cfg: CfgNode) -> CocoAnnotations:
-    source = _source(name)
+    source = coco_source(name)
     annotations = read_annotations(source, cfg.DATASETS.CROWDS_ARE_OBJECTS)
     check_objects(
         annotations,
@@ -282,10 +299,11 @@ def _say_differences(
         )
     elif lacking:
         logger.info(
-            "%s lacks %d of the model's %d classes, which do not count in its AP: %s.",
+            "%s lacks %d of the model's %s, which %s not count in its AP: %s.",
             source,
             len(lacking),
-            len(classes),
+            counted(len(classes), "class", "classes"),
+            plural(len(lacking), "does", "do"),
             listed(lacking),
         )
     if unknown:

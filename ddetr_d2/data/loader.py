@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from ..errors import UserError
 from .batches import BatchOrder, Sample, aspect_ratio_groups, permutation, random_words
 from .unreadable import UnreadableImage, UnreadableImages
+from .wording import counted, plural
 
 logger = logging.getLogger(__name__)
 
@@ -190,9 +191,10 @@ class TrainLoader:
         own = self.state_dict(state["step"])
         if state["images"] != own["images"]:
             raise UserError(
-                f"the run was started on {state['images']} training images, and now there are "
-                f"{own['images']}: resume it with the same data set, or start a new run (without "
-                "--resume, in another OUTPUT_DIR) from its weights"
+                f"the run was started on {counted(state['images'], 'training image')}, and now "
+                f"there {plural(own['images'], 'is', 'are')} {own['images']:,}: resume it with the "
+                "same data set, or start a new run (without --resume, in another OUTPUT_DIR) from "
+                "its weights"
             )
         names = {
             "fingerprint": "the annotations",
@@ -266,8 +268,8 @@ class TrainLoader:
             if record is None:
                 self.unreadable.check()
                 raise UserError(
-                    f"of {len(images)} training images tried one after the other none can be "
-                    f"used, the last of them because: {images[-1].reason}"
+                    f"of {counted(len(images), 'training image')} tried one after the other none "
+                    f"can be used, the last of them because: {images[-1].reason}"
                 )
         return [record for record, _ in samples]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UserError
+from .wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class UnreadableImages:
             named += f"; and {len(reasons) - _NAMED} more"
             named += f", listed in {self._file}" if self._file else ""
         raise UserError(
-            f"{len(self)} of the {self._images} training images cannot be used, "
+            f"{len(self)} of the {counted(self._images, 'training image')} cannot be used, "
             f"DATALOADER.MAX_UNREADABLE ({self._max_share:g}) allows {self._limit}: {named}. Mend "
             "them, take them out of the data set, or allow more"
         )

@@ -7,11 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from ddetr_d2 import add_deformable_detr_config
-from ddetr_d2.data import datasets
 
 CONTENT = {
     "images": [
@@ -80,15 +78,5 @@ def cfg() -> CfgNode:
 
 
 @pytest.fixture(autouse=True)
-def clean_catalogs():
-    """Data sets registered by a test are gone after it."""
-    functions, metadata = dict(DatasetCatalog.data), set(MetadataCatalog.data)
-    declared = dict(datasets._declared)
-    yield
-    datasets._declared.clear()
-    datasets._declared.update(declared)
-    datasets._read.clear()
-    DatasetCatalog.data.clear()
-    DatasetCatalog.data.update(functions)
-    for name in set(MetadataCatalog.data) - metadata:
-        MetadataCatalog.remove(name)
+def own_catalogs(clean_catalogs):
+    """Every test here may register data sets."""

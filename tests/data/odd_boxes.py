@@ -10,14 +10,14 @@ def polygon(box: list[float]) -> list[float]:
     return [x, y, x + w, y, x + w, y + h, x, y + h]
 
 
-@kind(said="3 areas taken as width x height")
+@kind(said="areas taken as width x height of the box: 3")
 def no_area_and_no_iscrowd(data):
     """Label Studio, labelme2coco."""
     for row in data.each("annotations"):
         del row["area"], row["iscrowd"]
 
 
-@kind(said="3 values of 'iscrowd' absent or no number")
+@kind(said="values of 'iscrowd' absent or no number, .*: 3")
 def iscrowd_is_false(data):
     for row, value in zip(data.each("annotations"), (False, None, "0"), strict=True):
         row["iscrowd"] = value
@@ -44,21 +44,21 @@ def crowd_among_objects(data):
     data.first["category_id"] = 2
 
 
-@kind(boxes=without_first(), said="1 annotations with 'ignore' set taken as crowds")
+@kind(boxes=without_first(), said="annotations with 'ignore' set taken as crowds: 1")
 def ignored_object(data):
     """Objects marked as difficult, converted from Pascal VOC."""
     data.first.update(ignore=1, category_id=2)
     data.content["categories"].pop(0)
 
 
-@kind(said="3 boxes taken from 'segmentation'")
+@kind(said="boxes taken from 'segmentation': 3")
 def polygons_without_boxes(data):
     """labelme2coco variants and COCO Annotator."""
     for row in data.each("annotations"):
         row["segmentation"] = [polygon(row.pop("bbox"))]
 
 
-@kind(said="3 boxes taken from 'segmentation'")
+@kind(said="boxes taken from 'segmentation': 3")
 def flat_polygons_without_boxes(data):
     for row in data.each("annotations"):
         row["segmentation"] = polygon(row["bbox"])
@@ -80,7 +80,7 @@ def pixels_of(data, row) -> np.ndarray:
     return pixels
 
 
-@kind(said="3 boxes taken from 'segmentation'")
+@kind(said="boxes taken from 'segmentation': 3")
 def compressed_masks_without_boxes(data):
     """Detectron2, SAM: counts as a text."""
     for row in data.each("annotations"):
@@ -88,7 +88,7 @@ def compressed_masks_without_boxes(data):
         row["segmentation"] = found | {"counts": found["counts"].decode()}
 
 
-@kind(said="3 boxes taken from 'segmentation'")
+@kind(said="boxes taken from 'segmentation': 3")
 def uncompressed_masks_without_boxes(data):
     """CVAT, Label Studio's brush: counts as a list."""
     for row in data.each("annotations"):
@@ -116,7 +116,7 @@ def keypoints(data):
     data.content["categories"][0].update(keypoints=["nose"], skeleton=[[1, 2]])
 
 
-@kind(boxes=without_first(), left_out=1, said="1 are no four finite numbers, the first: .*\\[\\]")
+@kind(boxes=without_first(), left_out=1, said="1 has no four finite numbers, the first: .*\\[\\]")
 def box_is_an_empty_list(data):
     """Labels of a whole image in FiftyOne and Roboflow."""
     data.first["bbox"] = []
@@ -129,50 +129,50 @@ def without_cat(data, box) -> None:
     data.first.update(category_id=2, bbox=box)
 
 
-@kind(boxes=without_first(), left_out=1, said="1 are no four finite numbers")
+@kind(boxes=without_first(), left_out=1, said="1 has no four finite numbers")
 def box_is_null(data):
     without_cat(data, None)
 
 
-@kind(boxes=without_first(), left_out=1, said="1 are no four finite numbers")
+@kind(boxes=without_first(), left_out=1, said="1 has no four finite numbers")
 def box_has_three_numbers(data):
     without_cat(data, [5, 5, 20])
 
 
-@kind(boxes=without_first(), left_out=1, said="1 are no four finite numbers")
+@kind(boxes=without_first(), left_out=1, said="1 has no four finite numbers")
 def box_is_an_object(data):
     """Supervisely, Label Studio: {"x": ..., "y": ...}"""
     without_cat(data, {"x": 5, "y": 5, "width": 20, "height": 10})
 
 
-@kind(boxes=without_first(), left_out=1, said="1 are no four finite numbers, .*nan")
+@kind(boxes=without_first(), left_out=1, said="1 has no four finite numbers, .*nan")
 def box_is_nan(data):
     """pandas, and 0 / 0: Python writes NaN, which is no JSON."""
     without_cat(data, [float("nan")] * 4)
 
 
-@kind(boxes=without_first(), left_out=1, said="1 are no four finite numbers")
+@kind(boxes=without_first(), left_out=1, said="1 has no four finite numbers")
 def box_is_infinite(data):
     without_cat(data, [5, 5, float("inf"), 10])
 
 
-@kind(boxes=without_first(), left_out=1, said="1 are empty")
+@kind(boxes=without_first(), left_out=1, said="1 is empty")
 def box_of_a_click(data):
     """A click in place of a drag."""
     without_cat(data, [5, 5, 0, 0])
 
 
-@kind(boxes=without_first(), left_out=1, said="1 are empty")
+@kind(boxes=without_first(), left_out=1, said="1 is empty")
 def box_drawn_from_right_to_left(data):
     without_cat(data, [25, 15, -20, -10])
 
 
-@kind(boxes=without_first(), left_out=1, said="1 are empty")
+@kind(boxes=without_first(), left_out=1, said="1 is empty")
 def box_that_32_bits_cannot_tell_from_none(data):
     without_cat(data, [40, 20, 1e-9, 10])
 
 
-@kind(boxes=without_first(), left_out=1, said="1 lie outside their image")
+@kind(boxes=without_first(), left_out=1, said="1 lies outside the image")
 def box_outside(data):
     """Annotated on an image that was cropped afterwards."""
     without_cat(data, [64, 5, 10, 10])
@@ -202,14 +202,14 @@ def all_boxes_empty(data):
         row["bbox"] = [0, 0, 0, 0]
 
 
-@kind(said="2 image sizes were read from the image files")
+@kind(said="image sizes were read from the image files: 2")
 def no_width_and_height(data):
     """Label Studio without image processing, hand-made scripts."""
     for row in data.each("images"):
         del row["width"], row["height"]
 
 
-@kind(said="2 image sizes were read from the image files")
+@kind(said="image sizes were read from the image files: 2")
 def width_and_height_null_or_0(data):
     for row, value in zip(data.each("images"), (None, 0), strict=True):
         row.update(width=value, height=value)

@@ -181,7 +181,7 @@ def move(data: Data, file_name: str) -> None:
     (data.images / "a.jpg").rename(path)
 
 
-WRITTEN_OTHERWISE = "1 image files were found under a name written in another way"
+WRITTEN_OTHERWISE = "image files were found under a name written in another way: 1"
 
 
 @kind(said=WRITTEN_OTHERWISE)
@@ -290,7 +290,7 @@ def broken_link(data):
     (data.images / "a.jpg").symlink_to(data.root / "nowhere.jpg")
 
 
-@kind(refused="1 of 2 image files are missing from the image folder .*: a.jpg")
+@kind(refused="1 of 2 image files is missing from the image folder .*: a.jpg")
 def missing_image(data):
     (data.images / "a.jpg").unlink()
 
@@ -320,7 +320,7 @@ def flattened_folders(data):
     data.content["images"].append({"id": 3, "file_name": "evening/a.jpg"})
 
 
-@kind(refused="1 of 2 image files are missing .*: 'no\\\\nsuch.jpg'")
+@kind(refused="1 of 2 image files is missing .*: 'no\\\\nsuch.jpg'")
 def missing_image_whose_name_has_a_line_end(data):
     data.rename("no\nsuch.jpg")
 

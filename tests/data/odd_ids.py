@@ -94,25 +94,25 @@ def no_annotation_ids(data):
         del row["id"]
 
 
-@kind(said="2 annotations have the id of another one; they were numbered anew")
+@kind(said="annotations have the id of another one; they were numbered anew: 2")
 def one_annotation_id_for_all(data):
     for row in data.each("annotations"):
         row["id"] = 0
 
 
-@kind(said="3 repeated rows of 'annotations' taken once")
+@kind(said="repeated rows of 'annotations' taken once: 3")
 def annotations_twice(data):
     """A file merged with itself."""
     data.content["annotations"] += copy.deepcopy(data.content["annotations"])
 
 
-@kind(said="3 repeated rows of 'images' taken once")
+@kind(said="repeated rows of 'images' taken once: 3")
 def image_row_for_each_annotation(data):
     """Scripts that go through annotations."""
     data.content["images"] += [*data.content["images"], data.content["images"][0]]
 
 
-@kind(said="2 repeated rows of 'categories' taken once")
+@kind(said="repeated rows of 'categories' taken once: 2")
 def category_row_for_each_annotation(data):
     """VGG Image Annotator."""
     data.content["categories"] *= 2
@@ -144,7 +144,7 @@ def no_category_id(data):
 @kind(
     boxes={"a.jpg": BOXES["a.jpg"]},
     left_out=1,
-    said="1 are of images that are not in 'images', the first: annotation 3 of image 2",
+    said="1 is of an image that is not in 'images', the first: annotation 3 of image 2",
 )
 def images_split_but_not_annotations(data):
     """Hand-made splits into training and test set."""
@@ -174,7 +174,10 @@ def class_names_are_numbers(data):
         row["name"] = number
 
 
-@kind(boxes=spelt(cat="category 1", dog="dog"), said="1 categories without a name")
+@kind(
+    boxes=spelt(cat="category 1", dog="dog"),
+    said="categories without a name, called by their ids: 1",
+)
 def class_without_a_name(data):
     del data.content["categories"][0]["name"]
 
@@ -201,13 +204,13 @@ def categories_out_of_order(data):
     data.content["categories"].reverse()
 
 
-@kind(said="1 categories have the name of another one")
+@kind(said="categories have the name of another one .*: 1")
 def roboflow_class_0(data):
     """Roboflow: class 0 is named as the project, maybe as one of its classes, and unused."""
     data.content["categories"].insert(0, {"id": 0, "name": "dog", "supercategory": "none"})
 
 
-@kind(said="1 categories have the name of another one")
+@kind(said="categories have the name of another one .*: 1")
 def one_class_under_two_ids(data):
     """Files of several annotators, merged."""
     data.content["categories"].append({"id": 3, "name": "dog"})

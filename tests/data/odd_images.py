@@ -163,7 +163,7 @@ def tiff_on_its_side_annotated_as_stored(data):
 
 @kind(
     boxes={**BOXES, "t.jpg": [("cat", [34, 23, 20, 12])]},
-    said="1 images turned by EXIF data were taken as annotated upright",
+    said="images turned by EXIF data were taken as annotated upright: 1",
 )
 def photograph_upside_down(data):
     """Nothing tells how it was annotated: upright, as nearly everywhere."""
@@ -262,7 +262,7 @@ def test_set_with_another_spelling(data):
 DOGS = {file: [o for o in objects if o[0] == "dog"] for file, objects in BOXES.items()}
 
 
-@kind(test_boxes=DOGS, said="lacks 1 of the model's 2 classes, which do not count in its AP: cat")
+@kind(test_boxes=DOGS, said="lacks 1 of the model's 2 classes, which does not count in its AP: cat")
 def test_set_lacks_a_class(data):
     test = test_set(data)
     del test.content["annotations"][0], test.content["categories"][0]

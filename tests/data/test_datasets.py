@@ -62,7 +62,7 @@ def test_unusable_boxes_are_left_out_of_training_and_evaluation(cfg, coco, caplo
     kept = [[50, 30, 30, 30], [0, 0, 30, 50]]
     assert [a["bbox"] for r in load_records("pets") for a in r["annotations"]] == kept
     assert [a["bbox"] for a in coco_set("pets").annotations.as_coco()["annotations"]] == kept
-    assert "1 of 3 boxes are left out of training and evaluation" in caplog.text
+    assert "1 of 3 boxes is left out of training and evaluation" in caplog.text
     assert coco.json_file.read_bytes() == before
 
 
@@ -127,7 +127,7 @@ def test_test_set_that_lacks_a_class_and_has_one_more(cfg, coco, other_coco, cap
     with caplog.at_level(logging.INFO, logger="ddetr_d2"):
         assert register_datasets(cfg) == ["cat", "dog"]
     assert coco_set("test").category_ids == [2, None]
-    assert "lacks 1 of the model's 2 classes, which do not count in its AP: dog." in caplog.text
+    assert "lacks 1 of the model's 2 classes, which does not count in its AP: dog." in caplog.text
     assert "has 1 classes that the model does not have" in caplog.text
     assert "dogs; did you mean dog?" in caplog.text
 

@@ -63,7 +63,7 @@ def test_numbers_of_a_data_set(coco, cfg):
     assert report.objects_beyond_image == 1
     assert report.repeated_objects == 1
     assert [(reason, left.count) for reason, left in report.left_out.items()] == [("are empty", 1)]
-    assert any("repeat another one" in sentence for sentence in report.suspicions)
+    assert any("repeats another one" in sentence for sentence in report.suspicions)
     per_image = report.objects_per_image
     assert (per_image.least, per_image.median, per_image.most) == (0, 2, 4)
 
@@ -220,7 +220,7 @@ def test_short_report(coco, changed_images):
         "1 crowd, 1 box left out"
     )
     assert second.startswith("val: 3 images, 3 boxes")
-    assert warning.startswith("warning: train: 1 of 4 boxes repeat another one")
+    assert warning.startswith("warning: train: 1 of 4 boxes repeats another one")
 
 
 def test_classes_are_compared_by_name(coco, other_coco):
@@ -247,6 +247,6 @@ def test_text_fits_a_terminal(coco, changed_images, cfg):
     long = [line for line in text.splitlines() if len(line) > 100 and str(coco.root) not in line]
     assert not long
     assert "... 59 classes of 0 to 0" in text
-    assert "1 are empty; the first: annotation 4, [1, 1, 0, 2] in image a.png" in text
-    assert "1 ids given as text were taken as numbers" in text
+    assert "1 is empty; the first: annotation 4, [1, 1, 0, 2] in image a.png" in text
+    assert "ids given as text were taken as numbers: 1" in text
     assert "97 classes only in train" in text

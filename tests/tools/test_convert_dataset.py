@@ -27,6 +27,8 @@ def write(folder, files):
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, str):
             path.write_text(content, encoding="utf-8")
+        elif isinstance(content, bytes):
+            path.write_bytes(content)
         else:
             Image.new("RGB", content or SIZE).save(path)
 
@@ -101,7 +103,10 @@ def test_yolo_by_the_command_of_the_readme_and_training_by_the_printed_one(data,
     assert run.returncode == 0, run.stderr
     assert "100%" in run.stderr
     assert "train: 4 images (2 without objects), 5 boxes\n" in run.stdout
-    assert "1 label files are not used" in run.stdout and "lost.txt" in run.stdout
+    assert (
+        "1 label file is not used, as no image of these sets has its name" in run.stdout
+        and "lost.txt" in run.stdout
+    )
     assert sorted(path.name for path in output.iterdir()) == ["train.json", "val.json"]
 
     train = json.loads((output / "train.json").read_text())
@@ -289,11 +294,22 @@ VOC = {"a.jpg": None}
         ({**YOLO, "labels/a.txt": "0 .5 .5 1 1\n0 .5 wide 1 1"}, "a.txt, line 2: .*'wide'"),
         ({**YOLO, "labels/a.txt": "cat .5 .5 1 1"}, "a.txt, line 1: .*'cat'"),
         ({**YOLO, "labels/a.txt": "0 .5 .5 1"}, "a.txt, line 1: .*at least 5"),
+        (
+            {**YOLO, "labels/a.txt": "0 .5 .5 1 1\n1 60 20 30 12.5"},
+            "a.txt, line 2: '1 60 20 30 12.5' looks like pixels: .* numbers from 0 to 1",
+        ),
+        (
+            {**YOLO, "labels/a.txt": b"0 .5 .5 1 1 # \xe9"},
+            "a.txt is no text .* Latin-1, save the file as UTF-8",
+        ),
         ({**YOLO, "labels/a.txt": "0 nan .5 .6 .7 .8 .9"}, "a.txt, line 1: .*finite"),
         ({**YOLO, "labels/a.txt": "", "labels/b.txt": ""}, "images: no label file has an object"),
         ({**YOLO, "images/a.png": None, "labels/a.txt": ""}, "belongs to both a.jpg and a.png"),
         ({**YOLO, "classes.txt": "cat\ncat"}, "names the class 'cat' 2 times"),
-        ({**YOLO, "labels/a.txt": "", "images/b.jpg": "x"}, "1 images cannot be read.*b.jpg"),
+        (
+            {**YOLO, "labels/a.txt": "", "images/b.jpg": "x"},
+            "1 image cannot be read: remove it; .*b.jpg",
+        ),
         ({"data.yaml": "names: [cat]\ntrain: away"}, "train is away, which is not in"),
         ({"data.yaml": "names: [cat]\nval: x"}, "names no folder of training images"),
         ({**YOLO, "val/a.jpg": None}, "has a folder called val, but no train"),

@@ -8,10 +8,8 @@ import sys
 
 import numpy as np
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from ddetr_d2.data import datasets
 from ddetr_d2.errors import UserError
 
 from ..conftest import ROOT
@@ -23,18 +21,7 @@ inspect_dataset = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(inspect_dataset)
 
 
-@pytest.fixture(autouse=True)
-def clean_catalogs():
-    """Data sets registered by a test are gone after it."""
-    functions, metadata = dict(DatasetCatalog.data), set(MetadataCatalog.data)
-    declared = dict(datasets._declared)
-    yield
-    datasets._declared.clear()
-    datasets._declared.update(declared)
-    DatasetCatalog.data.clear()
-    DatasetCatalog.data.update(functions)
-    for name in set(MetadataCatalog.data) - metadata:
-        MetadataCatalog.remove(name)
+pytestmark = pytest.mark.usefixtures("clean_catalogs")
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from detectron2.structures import BoxMode
 
+from ..wording import agreeing, counted
 from .rows import CocoSource
 
 Id = int | str
@@ -162,11 +163,12 @@ class CocoAnnotations:
         if self.left_out:
             count = sum(reason.count for reason in self.left_out.values())
             reasons = "; ".join(
-                f"{left.count} {reason}, the first: {left.first}"
+                f"{left.count} {agreeing(left.count, reason)}, the first: {left.first}"
                 for reason, left in self.left_out.items()
             )
             parts.append(
-                f"{count} of {self.total} boxes are left out of training and evaluation: {reasons}"
+                f"{count} of {counted(self.total, 'box', 'boxes')} "
+                f"{agreeing(count, 'are left out')} of training and evaluation: {reasons}"
             )
-        parts += [f"{count} {change}" for change, count in self.changes.items()]
+        parts += [f"{change}: {count}" for change, count in self.changes.items()]
         return "; ".join(parts)

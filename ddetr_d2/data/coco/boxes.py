@@ -134,9 +134,9 @@ def usable(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, dict[str, 
         filled = (low < high).all(axis=1)
         inside = ((low < sizes) & (high > 0)).all(axis=1)
     reasons = {
-        "are no four finite numbers": ~finite,
+        "have no four finite numbers": ~finite,
         "are empty": finite & ~filled,
-        "lie outside their image": finite & filled & ~inside,
+        "lie outside the image": finite & filled & ~inside,
     }
     return finite & filled & inside, reasons
 

@@ -9,6 +9,7 @@ import numpy as np
 from detectron2.utils.file_io import PathManager
 
 from ...errors import UserError
+from ..wording import agreeing, counted
 from .annotations import CocoAnnotations, CocoImage, Id, LeftOut
 from .boxes import left_out, number, read_areas, read_boxes, read_crowds, usable
 from .ids import find_ids, unique_categories, unique_images, unrepeated
@@ -16,7 +17,7 @@ from .image_files import ImageHeader, find_image_files, read_headers, similar_fi
 from .orientation import annotated_as_stored, turn_boxes
 from .rows import AnnotationRow, CocoSource, ImageRow, read_rows, short, shown
 
-_NO_IMAGE = "are of images that are not in 'images'"
+_NO_IMAGE = "are of an image that is not in 'images'"
 
 
 def read_annotations(source: CocoSource, crowds_are_objects: bool = False) -> CocoAnnotations:
@@ -132,7 +133,8 @@ def check_objects(annotations: CocoAnnotations, *, training: bool, max_objects: 
         image = annotations.images[int(objects.argmax())]
         raise UserError(
             f"{source}: image {shown(image.file_name)} has {most} objects, more than the "
-            f"{max_objects} object queries: set MODEL.DEFORMABLE_DETR.NUM_QUERIES to {most} or more"
+            f"{counted(max_objects, 'object query', 'object queries')}: "
+            f"set MODEL.DEFORMABLE_DETR.NUM_QUERIES to {most} or more"
         )
 
 
@@ -148,7 +150,8 @@ def _check_categories(
         known = ", ".join(f"{id!r} {name}" for id, name in list(categories.items())[:10])
         more = ", ..." if len(categories) > 10 else ""
         raise UserError(
-            f"{source}: {len(unknown)} of {len(rows)} annotations have a category_id that is not "
+            f"{source}: {len(unknown)} of {counted(len(rows), 'annotation')} "
+            f"{agreeing(len(unknown), 'have a category_id that is not')} "
             f"in 'categories': the first is {short(row.category_id)} of annotation "
             f"{short(row.id)}; "
             f"'categories' has {known}{more}"
@@ -167,8 +170,9 @@ def _paths(source: CocoSource, names: Sequence[str], changes: Counter[str]) -> l
         hints = similar_files(root, missing[:3])
         listed = [f"{shown(name)}{hints.get(name, '')}" for name in missing]
         raise UserError(
-            f"{source}: {len(missing)} of {len(names)} image files are missing from the image "
-            f"folder {root}: {_first(listed)}; {source.remedy}"
+            f"{source}: {len(missing)} of {counted(len(names), 'image file')} "
+            f"{agreeing(len(missing), 'are missing')} from the image folder "
+            f"{root}: {_first(listed)}; {source.remedy}"
         )
     if changed:
         changes["image files were found under a name written in another way"] += changed
@@ -187,7 +191,7 @@ def _headers(source: CocoSource, paths: Sequence[str]) -> list[ImageHeader]:
     ]
     if unreadable:
         raise UserError(
-            f"{source}: {len(unreadable)} of {len(paths)} image files cannot be read: "
+            f"{source}: {len(unreadable)} of {counted(len(paths), 'image file')} cannot be read: "
             f"{_first(unreadable)}; replace them, or take them out of the annotation file"
         )
     return headers
@@ -214,7 +218,8 @@ def _images(
         ]
         if wrong:
             raise UserError(
-                f"{source}: {len(wrong)} of {len(rows)} images have another size than the "
+                f"{source}: {len(wrong)} of {counted(len(rows), 'image')} "
+                f"{agreeing(len(wrong), 'have another size')} than the "
                 f"annotation file says: {_first(wrong)}. Annotate the images that are there, or "
                 "put those there that were annotated"
             )
@@ -239,7 +244,8 @@ def _images(
         ]
         if unknown:
             raise UserError(
-                f"{source}: {len(unknown)} of {len(rows)} images have no 'width' and 'height', "
+                f"{source}: {len(unknown)} of {counted(len(rows), 'image')} "
+                f"{agreeing(len(unknown), 'have no')} 'width' and 'height', "
                 f"and cannot be asked for them: {_first(unknown)}"
             )
     return [

@@ -111,7 +111,8 @@ def _read_bytes(source: CocoSource) -> bytes:
 
 def _no_text(source: CocoSource, error: UnicodeDecodeError) -> UserError:
     return UserError(
-        f"{source}: the annotation file is no JSON: byte {error.start} is no text in UTF-8"
+        f"{source}: the annotation file is no JSON: byte {error.start} is no text in UTF-8. If it "
+        "has another encoding, such as Latin-1, save the file as UTF-8"
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..wording import agreeing, counted, plural
 from .annotations import CocoAnnotations
 from .suspicious_boxes import Objects, example, find_suspicious_boxes, share
 
@@ -59,7 +60,7 @@ def _mostly_crowds(annotations: CocoAnnotations) -> str | None:
         return None
     image = annotations.images[annotations.image_index[np.flatnonzero(annotations.crowd)[0]]]
     return (
-        f'{share(annotations.crowd)} boxes are marked as crowds ("iscrowd": 1), the first in '
+        f'{share(annotations.crowd, "are marked")} as crowds ("iscrowd": 1), the first in '
         f"image {image.file_name}: they are neither trained on nor asked for. If they are "
         "objects, set DATASETS.CROWDS_ARE_OBJECTS True"
     )
@@ -72,7 +73,7 @@ def _repeated_boxes(annotations: CocoAnnotations, objects: Objects) -> str | Non
         return None
     chosen = np.isin(objects.rows, rows)
     return (
-        f"{share(chosen)} boxes repeat another one of the same class and image: "
+        f"{share(chosen, 'repeat')} another one of the same class and image: "
         f"{example(annotations, objects, chosen)}. The detector would learn to find such "
         "objects twice, and each one that it misses lowers the AP: leave the repetitions out"
     )
@@ -85,7 +86,8 @@ def _unused_classes(annotations: CocoAnnotations) -> str | None:
     names = list(annotations.categories.values())
     names = [names[index] for index in np.flatnonzero(counts == 0)]
     return (
-        f"{len(names)} of {len(counts)} classes have no box: {_listed(names)}. Nothing can be "
+        f"{len(names)} of {counted(len(counts), 'class', 'classes')} "
+        f"{agreeing(len(names), 'have no box')}: {_listed(names)}. Nothing can be "
         "learned or measured of them: leave them out of 'categories' if they are not meant"
     )
 
@@ -115,7 +117,8 @@ def _classes_of_one_image(annotations: CocoAnnotations, objects: Objects) -> str
         for i in np.flatnonzero(one)
     ]
     return (
-        f"{_listed(lines, quoted=False)}; the data set has {len(annotations.images):,} images. "
+        f"{_listed(lines, quoted=False)}; the data set has "
+        f"{counted(len(annotations.images), 'image')}. "
         "Check the 'image_id' of these annotations"
     )
 
@@ -127,8 +130,9 @@ def _mostly_empty(annotations: CocoAnnotations) -> str | None:
         return None
     first = annotations.images[np.flatnonzero(empty)[0]].file_name
     return (
-        f"{share(empty)} images have no box, the first is {first}. They count as images "
-        "without objects: if they were not annotated at all, leave them out of 'images'"
+        f"{np.count_nonzero(empty):,} of {len(empty):,} images have no box, the first is {first}. "
+        "They count as images without objects: if they were not annotated at all, leave them out "
+        "of 'images'"
     )
 
 
@@ -143,7 +147,8 @@ def _repeated_files(annotations: CocoAnnotations) -> str | None:
     ]
     several = sum(count > 1 for count in times.values())
     return (
-        f"{several:,} of {len(times):,} image files stand under several ids in 'images': "
+        f"{several:,} of {counted(len(times), 'image file')} "
+        f"{plural(several, 'stands', 'stand')} under several ids in 'images': "
         f"{os.path.basename(path)} has {_listed(ids)}. Each id has only a part of the objects "
         "for its own: give each file one id, and its annotations that one"
     )

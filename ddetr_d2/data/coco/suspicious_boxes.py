@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..wording import agreeing, counted
 from .annotations import CocoAnnotations
 
 # Of fewer boxes some fit another layout by chance.
@@ -58,7 +59,7 @@ def _fractions(annotations: CocoAnnotations, objects: Objects) -> str | None:
     if small.mean() < 0.05:
         return None
     return (
-        f"{share(small)} boxes lie within 0 to 1, as fractions of the image do: "
+        f"{share(small, 'lie')} within 0 to 1, as fractions of the image do: "
         f"{example(annotations, objects, small)}. Boxes are read in pixels: multiply x and width "
         "by the width of the image, y and height by its height"
     )
@@ -78,8 +79,8 @@ def _other_layout(annotations: CocoAnnotations, objects: Objects) -> str | None:
     if fits[best] < 0.99:
         return None
     return (
-        f"boxes look like {best}, but are read as x, y, width, height: {share(beyond)} boxes "
-        f"reach far beyond their image, as {example(annotations, objects, beyond)}, while read "
+        f"boxes look like {best}, but are read as x, y, width, height: {share(beyond, 'reach')} "
+        f"far beyond their image, as {example(annotations, objects, beyond)}, while read "
         f"as {best} {'all' if fits[best] == 1 else f'{fits[best]:.1%}'} lie inside. Convert them"
     )
 
@@ -95,7 +96,7 @@ def _outside(annotations: CocoAnnotations, objects: Objects) -> str | None:
     if outside.mean() < 0.05:
         return None
     return (
-        f"{share(outside)} boxes have more than half of their area outside their image: "
+        f"{share(outside, 'have')} more than half of their area outside their image: "
         f"{example(annotations, objects, outside)}. Boxes are read as x, y, width, height in "
         "pixels of the image file: check that they are, and that images were not resized or "
         "cropped after they were annotated"
@@ -120,7 +121,7 @@ def _whole_images(annotations: CocoAnnotations, objects: Objects) -> str | None:
     if len(whole) < 5 or whole.mean() < 0.9:
         return None
     return (
-        f"{share(whole)} boxes cover their whole image: {example(annotations, objects, whole)}. "
+        f"{share(whole, 'cover')} their whole image: {example(annotations, objects, whole)}. "
         "Labels of whole images train no detector: the objects need boxes of their own"
     )
 
@@ -151,9 +152,10 @@ def _inside(corners: np.ndarray, sizes: np.ndarray, tolerance: float) -> np.ndar
     return ((low >= -margin) & (low < high) & (high <= sizes + margin)).all(axis=1)
 
 
-def share(holds: np.ndarray) -> str:
-    """``"3 of 10"``, of as many values as (B,) ``holds`` has."""
-    return f"{np.count_nonzero(holds):,} of {len(holds):,}"
+def share(holds: np.ndarray, verb: str) -> str:
+    """``"3 of 10 boxes lie"`` for "lie", of as many boxes as (B,) ``holds`` has values."""
+    count = np.count_nonzero(holds)
+    return f"{count:,} of {counted(len(holds), 'box', 'boxes')} {agreeing(count, verb)}"
 
 
 def example(annotations: CocoAnnotations, objects: Objects, holds: np.ndarray) -> str:

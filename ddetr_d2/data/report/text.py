@@ -8,6 +8,7 @@ from tabulate import tabulate
 
 from ..coco import CocoAnnotations
 from ..coco.suspicions import find_suspicious
+from ..wording import agreeing, counted
 from .comparison import (
     ClassDifference,
     DataReport,
@@ -62,9 +63,9 @@ def _counts(annotations: CocoAnnotations) -> str:
     per_image = annotations.objects_per_image()
     sizes = count_sizes(annotations.areas[~annotations.crowd])
     parts = [
-        f"{annotations.source.name}: {_number(len(per_image), 'image')}",
-        f"{_number(int(per_image.sum()), 'box', 'boxes')} ({_sizes_in_words(sizes)})",
-        _number(len(annotations.categories), "class", "classes"),
+        f"{annotations.source.name}: {counted(len(per_image), 'image')}",
+        f"{counted(int(per_image.sum()), 'box', 'boxes')} ({_sizes_in_words(sizes)})",
+        counted(len(annotations.categories), "class", "classes"),
     ]
     further = (
         (int((per_image == 0).sum()), "image without boxes", "images without boxes"),
@@ -75,12 +76,8 @@ def _counts(annotations: CocoAnnotations) -> str:
             "boxes left out",
         ),
     )
-    parts += [_number(count, one, many) for count, one, many in further if count]
+    parts += [counted(count, one, many) for count, one, many in further if count]
     return ", ".join(parts)
-
-
-def _number(count: int, one: str, many: str | None = None) -> str:
-    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def _sizes_in_words(sizes: CocoSizes) -> str:
@@ -136,12 +133,12 @@ def _data_set(report: DataSetReport) -> str:
     if report.left_out:
         lines += ["", "Boxes left out of training and evaluation:"]
         lines += _bullets(
-            f"{left.count:,} {reason}; the first: {left.first}"
+            f"{left.count:,} {agreeing(left.count, reason)}; the first: {left.first}"
             for reason, left in report.left_out.items()
         )
     if report.changes:
         lines += ["", "Corrected in reading the file:"]
-        lines += _bullets(f"{count:,} {change}" for change, count in report.changes.items())
+        lines += _bullets(f"{change}: {count:,}" for change, count in report.changes.items())
     limits = _limits(report)
     if limits:
         lines += ["", "Beyond the limits of the configuration:", *_bullets(limits)]
@@ -155,12 +152,12 @@ def _limits(report: DataSetReport) -> list[str]:
     found = []
     if report.images_over_queries:
         found.append(
-            f"{_number(report.images_over_queries, 'image')} with more objects than object queries "
+            f"{counted(report.images_over_queries, 'image')} with more objects than object queries "
             f"({report.object_queries}), {most}: raise MODEL.DEFORMABLE_DETR.NUM_QUERIES"
         )
     if report.images_over_detections and report.role == "test":
         found.append(
-            f"{_number(report.images_over_detections, 'image')} with more objects than detections "
+            f"{counted(report.images_over_detections, 'image')} with more objects than detections "
             f"are kept ({report.detections_per_image}), {most}; the others count as missed: raise "
             "TEST.DETECTIONS_PER_IMAGE"
         )
@@ -225,7 +222,7 @@ def _comparison(report: DataReport) -> str:
     ]
     found += map(_shared, report.shared_images)
     if report.duplicates.unchecked:
-        found.append(f"{report.duplicates.unchecked:,} files could not be looked at")
+        found.append(f"{counted(report.duplicates.unchecked, 'file')} could not be looked at")
     lines += _bullets(found) or ["None."]
     if any(r.role == "test" for r in report.data_sets) and any(
         r.role == "training" for r in report.data_sets
@@ -237,7 +234,7 @@ def _comparison(report: DataReport) -> str:
 
 def _repeated(count: int) -> str:
     return (
-        f"{_number(count, 'image repeats', 'images repeat')} the content of another one of the set"
+        f"{counted(count, 'image repeats', 'images repeat')} the content of another one of the set"
     )
 
 
@@ -251,7 +248,7 @@ def _shared(shared: SharedImages) -> str:
         else f"{theirs}, which is {ours} there"
     )
     return (
-        f"{_number(shared.test_images, 'image')} of {shared.test} (test) "
+        f"{counted(shared.test_images, 'image')} of {shared.test} (test) "
         f"{'is' if shared.test_images == 1 else 'are'} in {shared.training} (training) as well, "
         f"such as {example}: the AP on seen images is too high. Take them out of one of the two"
     )
@@ -259,7 +256,7 @@ def _shared(shared: SharedImages) -> str:
 
 def _difference(difference: ClassDifference) -> str:
     parts = [
-        f"{_number(len(names), 'class', 'classes')} only in {name}: "
+        f"{counted(len(names), 'class', 'classes')} only in {name}: "
         + ", ".join(names[:10])
         + (", ..." if len(names) > 10 else "")
         for name, names in (

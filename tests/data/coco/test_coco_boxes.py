@@ -43,7 +43,7 @@ def test_box_of_segmentation(coco, read, segmentation, box):
     found = read()
     assert found.boxes[0].tolist() == [3, 2, 5, 5] and found.areas[0] == 25
     assert found.summary() == (
-        "1 boxes taken from 'segmentation'; 1 areas taken as width x height of the box"
+        "boxes taken from 'segmentation': 1; areas taken as width x height of the box: 1"
     )
 
 
@@ -88,7 +88,7 @@ def test_boxes_of_texts(coco, read):
 
 
 LEFT_OUT = {
-    "are no four finite numbers": [
+    "have no four finite numbers": [
         [], None, "5, 5, 20, 10", {"x": 5}, 7, True, [5, 5, 20], [5, 5, 20, 10, 0.9],
         [5, 5, 20, "wide"], [5, 5, 20, None], [NAN, 5, 20, 10], [5, 5, INF, 10],
         [-INF, 5, 20, 10], [[5, 5], [20, 10]], [[5], [5], [20], [10]], [5, 5, 10**400, 10],
@@ -98,7 +98,7 @@ LEFT_OUT = {
         [5, 5, 0, 10], [5, 5, 20, 0], [5, 5, -3, 10], [5, 5, 20, -3], [0, 0, 0, 0],
         [5, 5, 1e-40, 10], [50, 30, 1e-9, 10],
     ],
-    "lie outside their image": [
+    "lie outside the image": [
         [60, 5, 10, 10], [5, 40, 10, 10], [5, -20, 10, 20], [-10, 5, 10, 10], [1e30, 5, 1e30, 1e30],
     ],
 }  # fmt: skip
@@ -138,12 +138,12 @@ def test_summary(coco, read):
     coco.content["annotations"].append(first | {"id": 20, "image_id": "x"})
     assert read().summary() == (
         "5 of 8 boxes are left out of training and evaluation: "
-        "1 are no four finite numbers, the first: annotation 13, [1, 2, 3] in image a.png of "
+        "1 has no four finite numbers, the first: annotation 13, [1, 2, 3] in image a.png of "
         "60 x 40 pixels; "
         "2 are empty, the first: annotation 10, [5, 5, 0, 10] in image a.png of 60 x 40 pixels; "
-        "1 lie outside their image, the first: annotation 11, [70, 5, 10, 10] in image a.png of "
+        "1 lies outside the image, the first: annotation 11, [70, 5, 10, 10] in image a.png of "
         "60 x 40 pixels; "
-        "1 are of images that are not in 'images', the first: annotation 20 of image 'x'"
+        "1 is of an image that is not in 'images', the first: annotation 20 of image 'x'"
     )
 
 
@@ -169,7 +169,7 @@ def test_area_derived(coco, read, area, all_of_them):
     found = read()
     assert found.areas.tolist() == ([24, 24, 24] if all_of_them else [24, 625, 1500])
     count = 3 if all_of_them else 1
-    assert found.summary() == f"{count} areas taken as width x height of the box"
+    assert found.summary() == f"areas taken as width x height of the box: {count}"
 
 
 def test_area_of_the_file_counts(coco, read):
@@ -214,7 +214,7 @@ def test_crowds(coco, read, key, value, crowd):
     assert ("annotations with 'ignore' set taken as crowds" in summary) == (
         key == "ignore" and crowd
     )
-    no_number = f"1 values of {key!r} absent or no number, taken as 0 or 1"
+    no_number = f"values of {key!r} absent or no number, taken as 0 or 1: 1"
     given = value not in (None, "absent") or key == "iscrowd"
     assert (no_number in summary) == (given and type(value) is not int)
 

@@ -46,7 +46,9 @@ def test_references_of_another_kind_than_the_ids(coco, read, kind):
     assert found.image_index.tolist() == [0, 0, 1]
     assert found.category_index.tolist() == [0, 1, 1]
     assert not found.left_out
-    assert found.summary() == ("" if kind is float else "6 ids given as text were taken as numbers")
+    assert found.summary() == (
+        "" if kind is float else "ids given as text were taken as numbers: 6"
+    )
 
 
 def test_ids_of_another_kind_than_the_references(coco, read):
@@ -78,7 +80,7 @@ def test_a_number_with_zeros_in_front_is_no_other_image(coco, read):
         annotation.update(image_id=id, bbox=[1, 1, 9, 9])
     found = read()
     assert found.image_index.tolist() == [0, 1]
-    assert found.left_out["are of images that are not in 'images'"].count == 1
+    assert found.left_out["are of an image that is not in 'images'"].count == 1
 
 
 @pytest.mark.parametrize("value", [True, None, [1], {"$oid": 1}, float("nan"), "", 1.5, "1" * 5000])
@@ -86,10 +88,10 @@ def test_references_that_are_no_ids(coco, read, refusal, value):
     coco.content["annotations"][0]["image_id"] = value
     found = read()
     assert found.image_index.tolist() == [0, 1] and found.category_index.tolist() == [1, 1]
-    left = found.left_out["are of images that are not in 'images'"]
+    left = found.left_out["are of an image that is not in 'images'"]
     assert left.count == 1 and left.first.startswith("annotation 1 of image ")
     coco.content["annotations"][0]["category_id"] = value
-    assert "1 of 3 annotations have a category_id that is not in 'categories'" in refusal()
+    assert "1 of 3 annotations has a category_id that is not in 'categories'" in refusal()
 
 
 @pytest.mark.parametrize(
@@ -101,7 +103,7 @@ def test_annotation_ids_do_not_matter(coco, read, ids):
     found = read()
     assert found.boxes.tolist() == [[5, 5, 20, 10], [30, 10, 25, 25], [0, 0, 30, 50]]
     assert [a["id"] for a in found.as_coco()["annotations"]] == [1, 2, 3]
-    clash = "2 annotations have the id of another one; they were numbered anew"
+    clash = "annotations have the id of another one; they were numbered anew: 2"
     assert found.summary() == (clash if ids == [5, 5, 5] else "")
 
 
@@ -118,7 +120,7 @@ def test_repeated_annotations_count_once(coco, read, kind):
     coco.content["annotations"] += coco.content["annotations"][:2]
     found = read()
     assert len(found.boxes) == found.total == 3
-    assert found.summary() == "2 repeated rows of 'annotations' taken once"
+    assert found.summary() == "repeated rows of 'annotations' taken once: 2"
 
 
 @pytest.mark.parametrize("key", ["bbox", "category_id", "image_id"])
@@ -128,7 +130,7 @@ def test_annotations_that_differ_are_not_repeated(coco, read, key):
     coco.content["annotations"].append(first | {key: other[key]})
     found = read()
     assert len(found.boxes) == found.total == 4
-    assert found.summary() == "1 annotations have the id of another one; they were numbered anew"
+    assert found.summary() == "annotations have the id of another one; they were numbered anew: 1"
 
 
 def test_annotations_whose_polygons_differ_are_not_repeated(coco, read):
@@ -145,7 +147,7 @@ def test_repeated_rows_of_images_and_categories(coco, read):
     assert [image.id for image in found.images] == [1, 2, 3]
     assert found.categories == {1: "cat", 2: "dog"}
     assert found.summary() == (
-        "2 repeated rows of 'categories' taken once; 1 repeated rows of 'images' taken once"
+        "repeated rows of 'categories' taken once: 2; repeated rows of 'images' taken once: 1"
     )
 
 
@@ -167,7 +169,7 @@ def test_one_id_for_two_classes(coco, refusal, id):
 def test_unknown_category(coco, refusal):
     coco.content["annotations"][1]["category_id"] = 9
     assert (
-        "1 of 3 annotations have a category_id that is not in 'categories': the first is 9 of "
+        "1 of 3 annotations has a category_id that is not in 'categories': the first is 9 of "
         "annotation 2; 'categories' has 1 cat, 2 dog"
     ) in refusal()
 
@@ -217,7 +219,7 @@ def test_class_names_in_their_normal_form(coco, read):
         4: "category 4",
         5: "\\ud800",
     }
-    assert found.summary() == "2 categories without a name, called by their ids"
+    assert found.summary() == "categories without a name, called by their ids: 2"
 
 
 def test_class_without_a_name_is_not_taken_for_another_one(coco, read):
@@ -242,7 +244,7 @@ def test_two_ids_of_one_class(coco, read, supers):
     found = read()
     assert found.categories == {1: "cat", 3: "dog"}
     assert found.category_index.tolist() == [0, 0, 1]
-    assert found.summary() == "1 categories have the name of another one and count as that"
+    assert found.summary() == "categories have the name of another one and count as that: 1"
 
 
 def test_unused_class_of_the_same_name(coco, read):

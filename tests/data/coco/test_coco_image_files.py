@@ -114,12 +114,12 @@ def test_names_of_the_annotation_file_stay(coco, read):
         "images\\A.png",
         str(coco.images / "a.png"),
     )
-    assert found.summary() == "1 image files were found under a name written in another way"
+    assert found.summary() == "image files were found under a name written in another way: 1"
 
 
 def test_missing_files(coco, refusal):
     (coco.images / "a.png").unlink()
-    assert "1 of 3 image files are missing from the image folder" in refusal()
+    assert "1 of 3 image files is missing from the image folder" in refusal()
     coco.content["images"][1]["file_name"] = "no\nsuch/c.png"
     message = refusal()
     assert "2 of 3 image files are missing" in message
@@ -153,7 +153,7 @@ def test_sizes_out_of_the_files(coco, read, absent):
             del coco.content["images"][0][key]
     found = read()
     assert [(i.width, i.height) for i in found.images] == [(60, 40), (30, 50), (20, 20)]
-    assert found.summary() == "2 image sizes were read from the image files"
+    assert found.summary() == "image sizes were read from the image files: 2"
 
 
 @pytest.mark.parametrize("kind", [str, float])
@@ -170,7 +170,7 @@ def test_size_contradicts(coco, refusal, size):
     coco.content["images"][0].update(width=size[0], height=size[1])
     given = " x ".join(f"{side:g}" for side in size)
     message = refusal()
-    assert "1 of 3 images have another size than the annotation file says" in message
+    assert "1 of 3 images has another size than the annotation file says" in message
     assert f"a.png is given as {given} and has 60 x 40 pixels" in message
 
 

@@ -68,7 +68,7 @@ def test_every_orientation(photographs, orientation, annotated, suffix, options)
         assert box.tolist() == white_box(pixels)
     turned = annotated == "stored" and 1 + (orientation != 1)
     assert found.summary() == (
-        f"{turned} images were annotated without their EXIF orientation: boxes turned"
+        f"images were annotated without their EXIF orientation: boxes turned: {turned}"
         if turned
         else ""
     )
@@ -92,7 +92,7 @@ def test_without_another_image_that_tells(photographs, orientation, size):
     """Where the sizes cannot say, boxes stay: images are shown upright nearly everywhere."""
     found = photographs((orientation, size, "stored"), (1, size, "stored"))
     assert found.boxes[0].tolist() == BOX
-    assert found.summary() == "1 images turned by EXIF data were taken as annotated upright"
+    assert found.summary() == "images turned by EXIF data were taken as annotated upright: 1"
 
 
 def test_images_of_both_kinds(photographs):

@@ -140,7 +140,7 @@ def test_repeated_boxes():
     annotations = data_set(boxes)
     assert repeated_boxes(annotations).tolist() == [55]
     sentence = the_one(annotations)
-    assert sentence.startswith("1 of 100 boxes repeat another one of the same class and image")
+    assert sentence.startswith("1 of 100 boxes repeats another one of the same class and image")
     assert "image 5.jpg" in sentence
     # COCO has a few.
     boxes = np.concatenate((boxes, random_boxes(400, seed=1)))
@@ -207,7 +207,7 @@ def test_one_file_under_several_ids():
     annotations = data_set(random_boxes(50))
     annotations.images[3] = CocoImage(77, "x/../1.jpg", "photos/x/../1.jpg", WIDTH, HEIGHT)
     sentence = the_one(annotations)
-    assert sentence.startswith("1 of 4 image files stand under several ids in 'images'")
+    assert sentence.startswith("1 of 4 image files stands under several ids in 'images'")
     assert "1.jpg has 1, 77" in sentence
 
 
