@@ -1,5 +1,7 @@
 """From a configuration file and ``KEY VALUE`` pairs to a configuration."""
 
+import ast
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -94,6 +96,7 @@ def _merge_options(cfg: CfgNode, opts: list[str]) -> None:
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         if key not in set(_leaves(cfg)):
             raise UserError(_unknown_key(key, cfg, "the command line"))
+        _check_list(key, value, cfg, '{key} "({value!r},)"')
         try:
             cfg.merge_from_list([key, value])
         except (AssertionError, KeyError, ValueError) as error:
@@ -105,6 +108,28 @@ def _check_keys(content: dict[str, Any], cfg: CfgNode, source: str) -> None:
     for key in _leaves(content):
         if key not in known:
             raise UserError(_unknown_key(key, cfg, source))
+        _check_list(
+            key, _value(content, key), cfg, f"{key.split('.')[-1]}: ({{value!r}},) in {source}"
+        )
+
+
+def _check_list(key: str, value: Any, cfg: CfgNode, remedy: str) -> None:
+    """Refuse one value where a list of them is expected."""
+    if not isinstance(_value(cfg, key), list | tuple):
+        return
+    if isinstance(value, str):  # Detectron2 reads lists out of texts
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(value)
+    if isinstance(value, str | int | float):
+        raise UserError(
+            f"{key} is {value!r}, a list is expected: write {remedy.format(key=key, value=value)}"
+        )
+
+
+def _value(node: dict[str, Any], key: str) -> Any:
+    for name in key.split("."):
+        node = node[name]
+    return node
 
 
 def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[str]:

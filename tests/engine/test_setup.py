@@ -19,6 +19,7 @@ CONFIG = str(ROOT / "configs" / "deformable_detr.yaml")
         ("_BASE_: config.yaml", "no Detectron2 configuration"),
         ("MODEL:\n  META_ARCHITECTURE: GeneralizedRCNN", "GeneralizedRCNN"),
         ("SOLVER:\n  BASE_LR: [1]", "BASE_LR"),
+        ("DATASETS:\n  TRAIN: b", r"TRAIN is 'b', a list is expected: write TRAIN: \('b',\) in "),
     ],
 )
 def test_bad_files(content, message, tmp_path):
@@ -33,6 +34,11 @@ def test_bad_files(content, message, tmp_path):
     [
         (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE is 'gpu'"),
         (["MODEL.WEIGHTS", "x.pth", "--eval-only"], "--eval-only comes too late"),
+        (
+            ["DATASETS.TRAIN", "b"],
+            r"TRAIN is 'b', a list is .*: write DATASETS.TRAIN \"\('b',\)\"$",
+        ),
+        (["SOLVER.STEPS", "40"], r"STEPS is 40, a list is .*: write SOLVER.STEPS \"\(40,\)\"$"),
         (["MODEL.RESNET.DEPTH", "50"], "did you mean MODEL.RESNETS.DEPTH"),
     ],
 )
