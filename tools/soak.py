@@ -167,6 +167,7 @@ class Processes:
     def sample(self, step: int) -> list[Sample]:
         """Memory of the processes that there are now."""
         children: dict[int, list[int]] = {}
+        parents: dict[int, int] = {}
         for entry in Path("/proc").glob("[0-9]*"):
             try:
                 stat = (entry / "stat").read_text()
@@ -174,29 +175,29 @@ class Processes:
                 continue
             parent = int(stat.rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(entry.name))
+            parents[int(entry.name)] = parent
         samples, todo = [], [self._root]
         while todo:
             pid = todo.pop(0)
             todo += sorted(children.get(pid, ()))
             try:
                 memory = _read_memory(pid)
-                name = self._name(pid)
+                name = self._name(pid, parents.get(pid, 0))
             except OSError:  # it has just ended
                 continue
             if memory:
                 samples.append(Sample(step, name, *memory))
         return samples
 
-    def _name(self, pid: int) -> str:
+    def _name(self, pid: int, parent: int) -> str:
         if pid == self._root:
             return "main process"
         if pid not in self._names:
             words = Path(f"/proc/{pid}/cmdline").read_text()
-            kind = "data worker"
-            if "spawn_main" in words:
-                kind = "training process"
-            elif "train_net.py" not in words:  # a worker is forked, with the words of its parent
-                kind = "helper process"
+            if words == Path(f"/proc/{parent}/cmdline").read_text():
+                kind = "data worker"  # forked
+            else:
+                kind = "training process" if "spawn_main" in words else "helper process"
             number = next(self._numbers.setdefault(kind, itertools.count(1)))
             self._names[pid] = f"{kind} {number}"
         return self._names[pid]
