@@ -7,21 +7,12 @@ the encoder's proposals, every loss and the gradient of every parameter have to 
 
 import copy
 import functools
-import json
-import math
-from pathlib import Path
-from typing import NamedTuple
 from unittest import mock
 
 import pytest
 import timm
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torchvision.ops import box_convert
 from transformers import (
     DeformableDetrConfig,
     DeformableDetrForObjectDetection,
@@ -33,99 +24,20 @@ from transformers.loss.loss_deformable_detr import (
 )
 from transformers.models.deformable_detr import modeling_deformable_detr
 
-from ddetr_d2.checkpoint.transformers import from_transformers, to_transformers
-from ddetr_d2.engine import setup_cfg
-from ddetr_d2.modeling import DeformableDETR
-from ddetr_d2.modeling.matcher import Target
-
-from .conftest import ROOT, TINY, VARIANTS
-
-CLASSES = 5
-# Height and width of the images; the second is padded at the right and the bottom.
-SIZES = [(64, 96), (30, 60)]
-OPTIONS = [
-    *TINY,
-    *("MODEL.RESNETS.NORM", "FrozenBN"),
-    *("MODEL.RESNETS.STEM_OUT_CHANNELS", "64"),
-    *("MODEL.DEFORMABLE_DETR.NUM_CLASSES", str(CLASSES)),
-    *("MODEL.DEFORMABLE_DETR.NUM_HEADS", "4"),
-    # More than the usable tokens of the smaller image.
-    *("MODEL.DEFORMABLE_DETR.NUM_QUERIES", "60"),
-    *("MODEL.DEFORMABLE_DETR.ENC_POINTS", "2"),
-    *("MODEL.DEFORMABLE_DETR.ENC_LAYERS", "2"),
-    *("MODEL.DEFORMABLE_DETR.DEC_LAYERS", "3"),
-    *("MODEL.DEFORMABLE_DETR.DROPOUT", "0.0"),
-]
-FULL_WIDTH = [*("MODEL.RESNETS.RES2_OUT_CHANNELS", "256"), *("MODEL.RESNETS.WIDTH_PER_GROUP", "64")]
-# Losses there and here, and their weights, which only the losses here contain.
-LOSSES = {
-    "loss_ce": ("loss_class", 2.0),
-    "loss_bbox": ("loss_l1", 5.0),
-    "loss_giou": ("loss_giou", 2.0),
-}
-
-
-class Batch(NamedTuple):
-    """Normalised and padded images (N, 3, H, W), True on padding (N, H, W), ground truth."""
-
-    images: Tensor
-    padding_mask: Tensor
-    targets: list[Target]
-
-
-class Results(NamedTuple):
-    """What is compared, by the names used here."""
-
-    predictions: dict[str, Tensor]
-    losses: dict[str, Tensor]
-    gradients: dict[str, Tensor]
-
-
-def make_batch(dtype: torch.dtype, seed: int) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    height, width = (max(size) for size in zip(*SIZES, strict=True))
-    images = torch.zeros(len(SIZES), 3, height, width, dtype=dtype)
-    padding_mask = torch.ones(len(SIZES), height, width, dtype=torch.bool)
-    targets = []
-    for index, (h, w) in enumerate(SIZES):
-        images[index, :, :h, :w] = torch.randn(3, h, w, generator=generator, dtype=dtype)
-        padding_mask[index, :h, :w] = False
-        count = 3 + 2 * index
-        centers, sizes = torch.rand(2, count, 2, generator=generator, dtype=dtype)
-        boxes = torch.cat((0.3 + 0.4 * centers, 0.1 + 0.4 * sizes), dim=1)
-        targets.append(Target(torch.randint(CLASSES, (count,), generator=generator), boxes))
-    return Batch(images, padding_mask, targets)
-
-
-def make_pair(
-    variant: str, made: str, folder: Path, seed: int = 0
-) -> tuple[CfgNode, DeformableDETR, DeformableDetrForObjectDetection]:
-    """Both models with the same random weights, made ``"here"`` or ``"there"``.
-
-    Those made here have a backbone of transformers there, or of timm where it is dilated; those
-    made there have one of timm.
-    """
-    dilated_here = made == "here" and variant.endswith("dc5")
-    # timm's ResNets by name have their full width.
-    options = [*OPTIONS, *FULL_WIDTH] if dilated_here else OPTIONS
-    cfg = setup_cfg(str(ROOT / "configs" / f"{variant}.yaml"), options)
-    here = build_model(cfg)
-    if made == "here":
-        randomise(here, seed)
-        weights, config = to_transformers(here.state_dict(), cfg)
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(config))
-        there, report = DeformableDetrForObjectDetection.from_pretrained(
-            folder, output_loading_info=True
-        )
-        assert not any(report.values()), report
-    else:
-        there = build_there(cfg)
-        randomise(there, seed)
-        there.save_pretrained(folder)
-        here.load_state_dict(from_transformers(load_file(folder / "model.safetensors")))
-    # transformers freezes backbones, wholly or in part.
-    return cfg, here, there.requires_grad_()
+from .conftest import VARIANTS
+from .parity import (
+    Batch,
+    Results,
+    as_labels,
+    differences,
+    gradients_there,
+    losses_there,
+    make_batch,
+    make_inputs,
+    make_pair,
+    predictions_there,
+    results_here,
+)
 
 
 def build_there(cfg: CfgNode) -> DeformableDetrForObjectDetection:
@@ -169,55 +81,15 @@ def build_there(cfg: CfgNode) -> DeformableDetrForObjectDetection:
     return model
 
 
-def randomise(model: nn.Module, seed: int) -> None:
-    """Give every weight, bias and statistic random values, so that each of them matters."""
-    generator = torch.Generator().manual_seed(seed)
-    embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
-    with torch.no_grad():
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            if not tensor.is_floating_point():
-                continue
-            if any(tensor is embedding for embedding in embeddings):
-                tensor.normal_(generator=generator)
-            elif tensor.dim() > 1:
-                tensor.normal_(std=1 / math.sqrt(tensor[0].numel()), generator=generator)
-            elif name.endswith(("weight", "running_var")):
-                tensor.uniform_(0.5, 1.5, generator=generator)
-            else:
-                tensor.normal_(std=0.3, generator=generator)
+make_deformable_pair = functools.partial(
+    make_pair, build_there=build_there, their_class=DeformableDetrForObjectDetection
+)
 
 
-def results_here(model: DeformableDETR, batch: Batch) -> Results:
-    layers, proposals = model.predict(batch.images, batch.padding_mask)
-    num_boxes = sum(len(target.labels) for target in batch.targets)
-    losses = model.criterion(layers, proposals, batch.targets, num_boxes)
-    sum(losses.values()).backward()
-    predictions = {}
-    for name, prediction in [*enumerate(layers), ("proposals", proposals)]:
-        if prediction is not None:
-            predictions[f"logits of {name}"], predictions[f"boxes of {name}"] = prediction
-    return Results(predictions, losses, {n: p.grad for n, p in model.named_parameters()})
-
-
-def losses_there(terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The losses of transformers under their names here and with their weights."""
-    losses = {}
-    for theirs, (ours, weight) in LOSSES.items():
-        for name, term in terms.items():
-            if name.startswith(theirs):
-                losses[name.replace(theirs, ours)] = weight * term
-    return losses
-
-
-def results_there(model: DeformableDetrForObjectDetection, batch: Batch) -> Results:
-    labels = [{"class_labels": t.labels, "boxes": t.boxes} for t in batch.targets]
+def results_there(model: DeformableDetrForObjectDetection, batch: Batch, cfg: CfgNode) -> Results:
+    labels = as_labels(batch.targets)
     output = model(batch.images, pixel_mask=(~batch.padding_mask).long(), labels=labels)
-    terms = dict(output.loss_dict)
-    predictions = {}
-    layers = [(x["logits"], x["pred_boxes"]) for x in output.auxiliary_outputs]
-    for index, (logits, boxes) in enumerate([*layers, (output.logits, output.pred_boxes)]):
-        predictions[f"logits of {index}"], predictions[f"boxes of {index}"] = logits, boxes
-
+    terms, predictions = dict(output.loss_dict), predictions_there(output)
     if model.config.two_stage:
         logits, boxes = output.enc_outputs_class, output.enc_outputs_coord_logits.sigmoid()
         predictions["logits of proposals"], predictions["boxes of proposals"] = logits, boxes
@@ -233,30 +105,9 @@ def results_there(model: DeformableDetrForObjectDetection, batch: Batch) -> Resu
         extra = criterion({"logits": logits, "pred_boxes": boxes}, labels)
         terms |= {f"{name}_enc": term for name, term in extra.items()}
 
-    losses = losses_there(terms)
+    losses = losses_there(terms, cfg)
     sum(losses.values()).backward()
-    # Conversion moves and joins values, so that it works on gradients as it does on weights.
-    gradients = from_transformers(
-        {
-            name: torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-            for name, tensor in model.state_dict(keep_vars=True).items()
-        }
-    )
-    return Results(predictions, losses, gradients)
-
-
-def differences(
-    here: dict[str, Tensor], there: dict[str, Tensor], tolerance: float
-) -> dict[str, float]:
-    """Those above the tolerance, relative to the largest value of a tensor, which is not zero."""
-    assert here.keys() == there.keys()
-    found = {}
-    for name, value in here.items():
-        largest = there[name].abs().max()
-        assert largest > 0, name
-        found[name] = ((value - there[name]).abs().max() / largest).item()
-    # NaN is a difference as well.
-    return {name: difference for name, difference in found.items() if not difference <= tolerance}
+    return Results(predictions, losses, gradients_there(model))
 
 
 class TorchInDouble:
@@ -288,10 +139,10 @@ def precision(request, monkeypatch) -> tuple[torch.dtype, float, int]:
 def test_predictions_losses_and_gradients(variant, made, precision, tmp_path):
     dtype, tolerance, draws = precision
     for seed in range(draws):
-        _, here, there = make_pair(variant, made, tmp_path, seed)
+        cfg, here, there = make_deformable_pair(variant, made, tmp_path, seed=seed)
         batch = make_batch(dtype, seed)
         ours = results_here(here.to(dtype), batch)
-        theirs = results_there(there.to(dtype), batch)
+        theirs = results_there(there.to(dtype), batch, cfg)
         assert not differences(ours.predictions, theirs.predictions, tolerance)
         assert not differences(ours.losses, theirs.losses, tolerance)
         # Statistics of batch normalisation have no gradients.
@@ -305,17 +156,8 @@ def test_predictions_losses_and_gradients(variant, made, precision, tmp_path):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_from_images_to_losses_and_detections(variant, tmp_path):
     """With the image processor there at both ends."""
-    cfg, here, there = make_pair(variant, "there", tmp_path)
-    generator = torch.Generator().manual_seed(0)
-    sizes = [(480, 640), (300, 420)]
-    targets = make_batch(torch.float32, 0).targets
-    inputs = []
-    for target, (h, w), (height, width) in zip(targets, SIZES, sizes, strict=True):
-        boxes = box_convert(target.boxes, "cxcywh", "xyxy") * torch.tensor([w, h, w, h])
-        instances = Instances((h, w), gt_boxes=Boxes(boxes), gt_classes=target.labels)
-        image = torch.randint(256, (3, h, w), generator=generator).byte()
-        inputs.append({"image": image, "instances": instances, "height": height, "width": width})
-
+    cfg, here, there = make_deformable_pair(variant, "there", tmp_path)
+    inputs, targets = make_inputs()
     processor = DeformableDetrImageProcessor(do_resize=False)
     images = processor(images=[x["image"] for x in inputs], return_tensors="pt")
     with torch.no_grad():
@@ -323,11 +165,11 @@ def test_from_images_to_losses_and_detections(variant, tmp_path):
         found = here.eval()(inputs)
         # Annotations given to the processor of transformers 5.23 would become fractions of the
         # padded image, which is not what the model predicts.
-        labels = [{"class_labels": t.labels, "boxes": t.boxes} for t in targets]
-        output = there(**images, labels=labels)
+        output = there(**images, labels=as_labels(targets))
     decoder = {name: loss for name, loss in losses.items() if not name.endswith("_enc")}
-    assert not differences(decoder, losses_there(output.loss_dict), 1e-4)
+    assert not differences(decoder, losses_there(output.loss_dict, cfg), 1e-4)
 
+    sizes = [(x["height"], x["width"]) for x in inputs]
     wanted = processor.post_process_object_detection(output, threshold=0.0, target_sizes=sizes)
     for ours, theirs, size in zip(found, wanted, sizes, strict=True):
         ours = ours["instances"]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Convert weights from and to other implementations of Deformable DETR.
+"""Convert weights from and to other implementations of DETR and Deformable DETR.
 
 ::
 
@@ -7,7 +7,7 @@
     python tools/convert_weights.py output/model_final.pth folder --to transformers
 
 The input is a file, a URL or a folder of Hugging Face transformers; its format is recognised by
-its contents: the reference implementation, transformers, detrex, this project, and backbones of
+its contents: the reference implementations, transformers, detrex, this project, and backbones of
 Detectron2, torchvision and timm. What is written is read again before it gets its name.
 """
 
@@ -22,21 +22,24 @@ from detectron2.modeling import build_model
 
 from ddetr_d2.checkpoint import DetrCheckpointer
 from ddetr_d2.checkpoint.architecture import (
-    UNTOLD,
+    CLASS_LOSS,
+    DILATION,
+    NUM_CLASSES,
+    NUM_HEADS,
     as_arguments,
     built_options,
     differences,
     infer_options,
+    num_classes,
     variant,
 )
 from ddetr_d2.checkpoint.files import local_path
-from ddetr_d2.checkpoint.formats import Weights, num_classes, read_weights, to_contiguous
+from ddetr_d2.checkpoint.formats import Weights, read_weights, to_contiguous
 from ddetr_d2.checkpoint.writing import Output, to_reference, write_checkpoint, write_transformers
 from ddetr_d2.engine import setup_cfg
 from ddetr_d2.errors import UserError, exit_on_user_error
 
 CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
-NUM_CLASSES = "MODEL.DEFORMABLE_DETR.NUM_CLASSES"
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -60,7 +63,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--keep-outputs",
         action="store_true",
-        help="leave 91 class outputs as they are, instead of the 80 classes of COCO among them",
+        help="leave the classes of 91 category ids as they are, instead of COCO's 80 among them",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument(
@@ -77,14 +80,14 @@ def configure(weights: Weights, config_file: str | None) -> tuple[CfgNode, str]:
     Returns:
         the configuration; arguments of train_net.py and demo.py that give the same.
     """
-    heads = weights.options.get("MODEL.DEFORMABLE_DETR.NUM_HEADS", 8)
-    options = infer_options(weights.model, heads) | weights.options
+    options = infer_options(weights.model, weights.options)
     name = f"{variant(options)}.yaml"
     path = config_file or os.path.join(CONFIGS, name)
     arguments = f"--config-file {config_file or os.path.join('configs', name)}"
-    if config_file:  # its own word, but for the classes
-        options = {NUM_CLASSES: options[NUM_CLASSES]}
     given = setup_cfg(path, ["MODEL.DEVICE", "cpu"])
+    if config_file:  # its own word, but for the classes
+        told = {CLASS_LOSS: _value(given, CLASS_LOSS)} | weights.options
+        options = {NUM_CLASSES: num_classes(weights.model, told)}
     changed = differences(options, {key: _value(given, key) for key in options})
     cfg = setup_cfg(path, ["MODEL.DEVICE", "cpu", *map(str, sum(changed.items(), ()))])
     changed.pop(NUM_CLASSES, None)  # comes with the class names
@@ -113,21 +116,22 @@ def convert(args: argparse.Namespace) -> None:
         print(f"wrote {args.output}; a backbone alone: train with MODEL.WEIGHTS {args.output}")
         return
 
-    outputs = num_classes(weights.model)
+    classes = num_classes(weights.model, weights.options)
     if weights.coco_ids and args.keep_outputs:
         weights.class_names = None
     elif weights.coco_ids:
         weights = to_contiguous(weights)
-        print(f"{outputs} class outputs by COCO category id -> the 80 classes of COCO")
-    outputs = num_classes(weights.model)
+        print(f"{classes} classes by COCO category id -> the 80 classes of COCO")
+        classes = num_classes(weights.model, weights.options)
     names = weights.class_names
-    if not names or len(names) != outputs:
+    if not names or len(names) != classes:
         names = None
-    print(f"{outputs} classes: {', '.join(names[:5]) + ', ...' if names else 'without names'}")
+    print(f"{classes} classes: {', '.join(names[:5]) + ', ...' if names else 'without names'}")
     cfg, arguments = configure(weights, args.config_file)
     # Published models with more than one scale have no dilation.
     single_scale = cfg.MODEL.DEFORMABLE_DETR.NUM_FEATURE_LEVELS == 1
-    untold = [key for key in UNTOLD[: 1 + single_scale] if key not in weights.options]
+    deciding = [NUM_HEADS, CLASS_LOSS, *([DILATION] if single_scale else [])]
+    untold = [key for key in deciding if key not in weights.options]
     if untold and not args.config_file:
         assumed = {key: _value(cfg, key) for key in untold}
         print(f"assumed: {as_arguments(assumed)}; if not so, give --config-file")

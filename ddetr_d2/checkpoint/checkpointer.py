@@ -12,9 +12,20 @@ from torch import nn
 from ..class_names import listed, match_classes
 from ..errors import UserError
 from ..main_process import on_main_process
-from .architecture import as_arguments, built_options, differences, infer_options, variant
+from .architecture import (
+    CLASS_LOSS,
+    DILATION,
+    NUM_CLASSES,
+    NUM_HEADS,
+    as_arguments,
+    built_options,
+    differences,
+    infer_options,
+    num_classes,
+    variant,
+)
 from .files import local_path
-from .formats import COCO_NAMES, Weights, num_classes, read_weights, to_contiguous
+from .formats import COCO_NAMES, Weights, read_weights, to_contiguous
 from .misfit import Misfit, compare
 from .names import State
 from .run_folder import LAST_CHECKPOINT, PERIODIC, has_checkpoint, newest_checkpoint
@@ -32,8 +43,8 @@ class DetrCheckpointer(DetectionCheckpointer):
 
     A file with weights of the backbone only (ImageNet) loads into the backbone. A file with a
     detector must hold every parameter of the model in its shape, and no others. Only the class
-    heads may differ in the number of classes, when training starts from a detector of other
-    classes. Nothing is loaded from a file that does not fit.
+    heads may differ, in the number of classes or in the loss of the classes, when training starts
+    from another detector. Nothing is loaded from a file that does not fit.
     """
 
     def __init__(
@@ -181,31 +192,44 @@ class DetrCheckpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         weights: Weights = checkpoint.pop("model")
-        expected = self.model.state_dict()
-        if weights.coco_ids and (self.class_names or num_classes(expected) == len(COCO_NAMES)):
+        expected, built = self.model.state_dict(), built_options(self.model)
+        classes = num_classes(expected, built)
+        if weights.coco_ids and (self.class_names or classes == len(COCO_NAMES)):
             weights = to_contiguous(weights)
         state = weights.model
         if any(name.startswith("backbone.bottom_up.") for name in expected) and weights.is_backbone:
             state = {re.sub(r"^backbone\.", "backbone.bottom_up.", k): v for k, v in state.items()}
-        state = self._match_classes(state, weights.class_names, expected)
+        settings = differences(weights.options, built)
+        if CLASS_LOSS not in settings:
+            state = self._match_classes(state, weights.class_names, expected, classes)
         misfit = compare(state, expected, weights.is_backbone and not self.strict)
-        if misfit.wrong and not self.strict and all(_CLASS_HEAD in name for name in misfit.wrong):
-            logging.getLogger(__name__).warning(
-                f"{self._source} was trained on another number of classes: the "
-                f"{len(misfit.wrong)} tensors of the class heads start anew."
-            )
-            state = {name: tensor for name, tensor in state.items() if name not in misfit.wrong}
-            misfit.wrong = {}
+        if not self.strict and all(_CLASS_HEAD in name for name in misfit.wrong):
+            state = self._without_other_heads(state, misfit, CLASS_LOSS in settings)
         if misfit:
-            raise UserError(self._message(misfit, state, expected))
-        self._compare_options(weights)
+            raise UserError(self._message(misfit, weights, expected, built))
+        self._compare_options(settings)
         return super()._load_model({"model": state})
 
-    def _match_classes(self, state: State, names: list[str] | None, expected: State) -> State:
+    def _without_other_heads(self, state: State, misfit: Misfit, other_loss: bool) -> State:
+        """Leave out class heads that start anew: of other sizes, or all trained by another loss."""
+        heads = {name for name in state if _CLASS_HEAD in name} if other_loss else misfit.wrong
+        if not heads:
+            return state
+        other = f"with another {CLASS_LOSS}" if other_loss else "on another number of classes"
+        logging.getLogger(__name__).warning(
+            f"{self._source} was trained {other}: the {len(heads)} tensors of the class heads "
+            "start anew."
+        )
+        misfit.wrong = {}
+        return {name: tensor for name, tensor in state.items() if name not in heads}
+
+    def _match_classes(
+        self, state: State, names: list[str] | None, expected: State, classes: int
+    ) -> State:
         """Give each class of the model the head that the class of its name has in the file.
 
-        Classes that the file does not have start anew. Output 0 of the proposals says "object"
-        whatever the class, and stays.
+        Classes that the file does not have start anew. "No object" stays, the last output where
+        there is one, and output 0 of the proposals, which says "object" whatever the class.
         """
         ours = self.class_names
         if not (names and ours) or list(names) == list(ours) or self.strict:
@@ -235,37 +259,42 @@ class DetrCheckpointer(DetectionCheckpointer):
             for row, match in enumerate([0] if proposals else matches):
                 if match is not None and match < len(tensor):
                     fresh[row] = tensor[match]
+            if not proposals and len(fresh) > classes:
+                fresh[-1] = tensor[-1]
             state[name] = fresh
         return state
 
-    def _message(self, misfit: Misfit, state: State, expected: State) -> str:
-        needed, built = infer_options(state), infer_options(expected)
-        settings = differences(needed, built)
+    def _message(
+        self, misfit: Misfit, weights: Weights, expected: State, built: dict[str, Any]
+    ) -> str:
+        # What the file does not tell is no reason to advise a change.
+        told = {key: built[key] for key in (NUM_HEADS, DILATION) if key in built}
+        needed = infer_options(weights.model, told | weights.options)
+        given = infer_options(expected, built)
+        settings = differences(needed, given)
         if not self.strict:  # training may start from other classes
-            settings.pop("MODEL.DEFORMABLE_DETR.NUM_CLASSES", None)
+            settings.pop(NUM_CLASSES, None)
         remedy = "Use the configuration that the weights were trained with, or other MODEL.WEIGHTS."
         if settings:
             name = variant(needed)
-            if name != variant(built):
+            remedy = ""
+            if name != variant(given):
                 remedy = f"The weights are of configs/{name}.yaml. "
-            else:
-                remedy = ""
             remedy += f"Settings that fit them: {as_arguments(settings)}"
         return (
             f"{self._source} does not fit this model: {misfit.summary()}.\n{misfit.table()}\n"
             f"{remedy}"
         )
 
-    def _compare_options(self, weights: Weights) -> None:
-        """Compare what the file tells of its model and no shape shows."""
-        settings = differences(weights.options, built_options(self.model))
+    def _compare_options(self, settings: dict[str, Any]) -> None:
+        """Say which ``settings`` of the file's model, that no shape shows, are not the model's."""
         if not settings:
             return
         message = (
             f"{self._source} is of a model with other settings than this one: "
             f"{as_arguments(settings)}"
         )
-        if self.strict:
+        if self.strict or (self._resuming and CLASS_LOSS in settings):
             raise UserError(message)
         logging.getLogger(__name__).warning(message)
 

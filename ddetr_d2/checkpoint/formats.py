@@ -15,24 +15,39 @@ from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from torch import Tensor
 
 from ..errors import UserError
-from .architecture import INVERSE_SIGMOID_EPS, UNTOLD
+from ..modeling.set_detector import CLASS_LOSSES
+from .architecture import (
+    CLASS_LOSS,
+    DILATION,
+    INVERSE_SIGMOID_EPS,
+    MULTI_SCALE_ATTENTION,
+    NUM_HEADS,
+    UNTOLD,
+    class_outputs,
+    num_classes,
+    usual_class_loss,
+)
 from .files import local_path, read_file
 from .names import (
     DETREX,
     REFERENCE,
+    REFERENCE_DETR,
     TORCHVISION_RESNET,
     State,
+    is_detr,
     prefixed,
     rename,
     reverse,
     split_heads,
+    without_counters,
 )
-from .transformers import class_names_of, from_transformers, options_of
+from .transformers import from_transformers, is_their_detr
+from .transformers_config import class_names_of, options_of
 
 _THINGS = [category for category in COCO_CATEGORIES if category["isthing"]]
 COCO_NAMES = [category["name"] for category in _THINGS]
 COCO_IDS = [category["id"] for category in _THINGS]
-# Outputs of models that count COCO's classes by category id: 0 to 90, eleven of them unused.
+# Classes of models that count COCO's by category id: 0 to 90, eleven of them unused.
 NUM_COCO_IDS = 1 + max(COCO_IDS)
 
 # Entries that are no weights of ours: classifiers of backbones, counters of training and profiling.
@@ -47,7 +62,7 @@ class Weights:
 
     Attributes:
         format: whose they were, in words.
-        model: a state of :class:`ddetr_d2.modeling.DeformableDETR`, or of its backbone alone.
+        model: a state of a :class:`ddetr_d2.modeling.SetDetector`, or of its backbone alone.
         class_names: name of each class, where the file tells or implies them.
         options: configuration keys and values that cannot be told from the weights.
         coco_ids: the class outputs are counted by COCO category id; see :func:`to_contiguous`.
@@ -92,8 +107,9 @@ def read_weights(path: str, allow_pickle: bool = False, shown: str = "") -> Weig
             return convert(state, content, path)
     names = ", ".join(list(state)[:3])
     raise UserError(
-        f"{shown} holds weights of an unknown model ({names}, ...); known are Deformable DETR of "
-        "the reference implementation, of transformers and of detrex, and ResNets."
+        f"{shown} holds weights of an unknown model ({names}, ...); known are DETR and "
+        "Deformable DETR of the reference implementations and of transformers, Deformable DETR of "
+        "detrex, and ResNets."
     )
 
 
@@ -120,39 +136,48 @@ def _own(state: State, content: Any, path: str) -> Weights:
     if "model" not in content:
         return Weights("ddetr_d2", state)
     rest = {key: value for key, value in content.items() if key != "model"}
-    return Weights("ddetr_d2", state, *_told(content), rest=rest)
+    names, options = _told(content)
+    if names and CLASS_LOSS not in options:  # checkpoints older than this entry
+        has_no_object = class_outputs(state) == len(names) + 1
+        options[CLASS_LOSS] = "cross_entropy" if has_no_object else "focal"
+    return Weights("ddetr_d2", state, names, options, rest=rest)
 
 
 def _told(content: Any) -> tuple[list[str] | None, dict[str, Any]]:
     """Class names and options that this project has written beside the weights."""
     names, options = content.get("class_names"), content.get("options")
-    options = options.items() if isinstance(options, dict) else ()
-    return (
-        [str(name) for name in names] if isinstance(names, list) else None,
-        {key: value for key, value in options if key in UNTOLD and isinstance(value, int | float)},
-    )
+    options = options if isinstance(options, dict) else {}
+    known = {key: options[key] for key in UNTOLD if isinstance(options.get(key), int | float)}
+    if options.get(CLASS_LOSS) in CLASS_LOSSES:
+        known[CLASS_LOSS] = options[CLASS_LOSS]
+    return [str(name) for name in names] if isinstance(names, list) else None, known
 
 
 def _reference(state: State, content: Any, path: str) -> Weights:
-    converted = split_heads(rename(_without_counters(state), reverse(REFERENCE)))
+    state = without_counters(state)
+    if any(".multihead_attn." in name for name in state):
+        converted = rename(state, reverse(REFERENCE_DETR))
+    else:
+        converted = split_heads(rename(state, reverse(REFERENCE)))
     names, options = _told(content)
     args = content.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     args = args if isinstance(args, dict) else {}
     node = "MODEL.DEFORMABLE_DETR."
     keys = {
-        "nheads": f"{node}NUM_HEADS",
+        "nheads": NUM_HEADS,
         "num_queries": f"{node}NUM_QUERIES",
         "enc_n_points": f"{node}ENC_POINTS",
         "dec_n_points": f"{node}DEC_POINTS",
         "dropout": f"{node}DROPOUT",
     }
-    options = {INVERSE_SIGMOID_EPS: 1e-5} | options
+    if not is_detr(converted):
+        options = {INVERSE_SIGMOID_EPS: 1e-5} | options
     options |= {
         key: args[name] for name, key in keys.items() if isinstance(args.get(name), int | float)
     }
     if "dilation" in args:
-        options["MODEL.RESNETS.RES5_DILATION"] = 2 if args["dilation"] else 1
+        options[DILATION] = 2 if args["dilation"] else 1
     return _with_classes(Weights("reference implementation", converted, names, options))
 
 
@@ -162,7 +187,7 @@ def _detrex(state: State, content: Any, path: str) -> Weights:
         re.sub(
             r"^neck\.extra_convs\.(\d+)", lambda m: f"neck.convs.{first_extra + int(m[1])}", name
         ): tensor
-        for name, tensor in _without_counters(state).items()
+        for name, tensor in without_counters(state).items()
     }
     state = split_heads(rename(state, reverse(DETREX)))
     # Trained with another limit than the reference implementation's, which moves boxes.
@@ -176,7 +201,8 @@ def _transformers(state: State, content: Any, path: str) -> Weights:
         try:
             with open(config_file) as file:
                 config = json.load(file)
-            weights.options, weights.class_names = options_of(config), class_names_of(config)
+            kind = "detr" if is_their_detr(state) else "deformable_detr"
+            weights.options, weights.class_names = options_of(config, kind), class_names_of(config)
         except UserError as error:
             raise UserError(f"{config_file}: {error}") from error
         except (ValueError, TypeError, AttributeError) as error:
@@ -185,13 +211,13 @@ def _transformers(state: State, content: Any, path: str) -> Weights:
 
 
 def _resnet(state: State, content: Any, path: str) -> Weights:
-    state = rename(_without_counters(state), prefixed(reverse(TORCHVISION_RESNET), "", "backbone."))
+    state = rename(without_counters(state), prefixed(reverse(TORCHVISION_RESNET), "", "backbone."))
     known = {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
     return Weights("ResNet of torchvision or timm", known)
 
 
 def _detectron2(state: State, content: Any, path: str) -> Weights:
-    state = _without_counters(state)
+    state = without_counters(state)
     if any(name.startswith("backbone.") for name in state):  # a detector's
         state = {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
     start = re.compile(r"^(backbone\.)?(bottom_up\.)?")
@@ -210,18 +236,16 @@ def _caffe2(state: State, content: Any, path: str) -> Weights:
     return Weights("Caffe2 backbone", {f"backbone.{k}": v for k, v in converted.items()})
 
 
-def _without_counters(state: State) -> State:
-    return {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
-
-
 # By names that no other format has, most telling first.
 _FORMATS = [
     (re.compile(pattern), convert)
     for pattern, convert in (
         (r"projection\.|transformer\.(queries|decoder\.heads)\.", _own),
         (r"model\.(encoder|decoder)\.layers\.\d+\.\w+\.sampling_offsets\.", _transformers),
+        (r"class_labels_classifier\.|model\.input_projection\.", _transformers),
         (r"neck\.convs\.|transformer\.\w+\.layers\.\d+\.attentions\.", _detrex),
         (r"backbone\.0\.body\.|transformer\.\w+\.layers\.\d+\.\w+\.sampling_offs", _reference),
+        (r"transformer\.decoder\.layers\.\d+\.multihead_attn\.", _reference),
         (r"layer\d\.\d+\.conv1\.", _resnet),
         (r"(backbone|stem|res[2-5]\.\d+)\.", _detectron2),
         (r"(conv1|res\d_\d+_branch2a)_w", _caffe2),
@@ -230,31 +254,37 @@ _FORMATS = [
 
 
 def _with_classes(weights: Weights) -> Weights:
-    """Tell COCO's classes from the number of outputs, or from the names where there are any."""
-    outputs = num_classes(weights.model)
+    """Add how classes are told apart, and COCO's classes by their number, or by the names where
+    there are any."""
+    if weights.is_backbone:
+        return weights
+    # Others have but one kind of each member.
+    usual = {CLASS_LOSS: usual_class_loss(weights.model)}
+    if not is_detr(weights.model):
+        usual[MULTI_SCALE_ATTENTION] = True
+    weights.options = usual | weights.options
+    classes = num_classes(weights.model, weights.options)
     names = weights.class_names
-    if names and len(names) != outputs:
+    if names and len(names) != classes:
         names = None
-    if outputs == NUM_COCO_IDS and (not names or [names[i] for i in COCO_IDS] == COCO_NAMES):
+    if classes == NUM_COCO_IDS and (not names or [names[i] for i in COCO_IDS] == COCO_NAMES):
         weights.coco_ids, names = True, COCO_NAMES
-    elif outputs == len(COCO_NAMES) and not names:
+    elif classes == len(COCO_NAMES) and not names:
         names = COCO_NAMES
     weights.class_names = names
     return weights
 
 
-def num_classes(state: Mapping[str, Any]) -> int:
-    """Class outputs of a detector's state; 0 for a backbone."""
-    bias = state.get("transformer.decoder.heads.0.class_embed.bias")
-    return 0 if bias is None else bias.shape[0]
-
-
 def to_contiguous(weights: Weights) -> Weights:
-    """Reduce class outputs counted by COCO category id to the 80 classes of Detectron2."""
+    """Reduce class outputs counted by COCO category id to the 80 classes of Detectron2.
+
+    The output for "no object", if there is one, stays the last.
+    """
     model = dict(weights.model)
+    outputs = COCO_IDS + list(range(NUM_COCO_IDS, class_outputs(model)))
     for name, tensor in weights.model.items():
         if re.match(r"transformer\.decoder\.heads\.\d+\.class_embed\.", name):
-            model[name] = tensor[COCO_IDS]
+            model[name] = tensor[outputs]
         elif name.startswith("transformer.queries.head.class_embed."):
             # Output 0 of the proposals says "object" whatever the class: it has to stay first.
             model[name] = tensor[: len(COCO_IDS)]

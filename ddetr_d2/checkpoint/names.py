@@ -1,8 +1,9 @@
-"""How the weights of Deformable DETR are called here and in other implementations.
+"""How the weights of DETR and Deformable DETR are called here and in other implementations.
 
 A table maps names here to names there. Entries are beginnings of names that end where a part of
-the name ends; ``*`` stands for a number. The prediction heads are not in the tables: the others
-count them in one list, with the head of the two-stage proposals last, and store that list twice.
+the name ends; ``*`` stands for a number. The prediction heads of Deformable DETR are not in the
+tables: the others count them in one list, with the head of the two-stage proposals last, and store
+that list twice.
 """
 
 import re
@@ -52,6 +53,13 @@ def _queries(there: str) -> Table:
     return {f"transformer.queries.{part}": f"{there}{part}" for part in parts}
 
 
+def _head(class_embed: str, bbox_embed: str) -> Table:
+    """Table of the one head of a DETR."""
+    head = "transformer.decoder.heads.0"
+    linears = {f"{head}.bbox_embed.{3 * i}": f"{bbox_embed}.layers.{i}" for i in range(3)}
+    return {f"{head}.class_embed": class_embed, **linears}
+
+
 # ResNets of torchvision and timm, and those of Hugging Face transformers.
 TORCHVISION_RESNET = _resnet(
     ("conv1", "bn1"), "layer{1}.*", ("conv{1}", "bn{1}"), ("downsample.0", "downsample.1")
@@ -63,6 +71,13 @@ TRANSFORMERS_RESNET = _resnet(
     ("shortcut.convolution", "shortcut.normalization"),
 )
 
+_REFERENCE_ENCODER = {
+    "self_attn": "self_attn",
+    "norm1": "norm1",
+    "ffn.linear1": "linear1",
+    "ffn.linear2": "linear2",
+    "ffn.norm": "norm2",
+}
 REFERENCE = {
     **prefixed(TORCHVISION_RESNET, "backbone.", "backbone.0.body."),
     "projection.input_proj": "input_proj",
@@ -71,13 +86,7 @@ REFERENCE = {
     **_queries("transformer."),
     **_layers(
         "transformer.",
-        encoder={
-            "self_attn": "self_attn",
-            "norm1": "norm1",
-            "ffn.linear1": "linear1",
-            "ffn.linear2": "linear2",
-            "ffn.norm": "norm2",
-        },
+        encoder=_REFERENCE_ENCODER,
         decoder={
             "self_attn": "self_attn",
             "norm2": "norm2",
@@ -88,6 +97,28 @@ REFERENCE = {
             "ffn.norm": "norm3",
         },
     ),
+}
+
+# The reference implementation of DETR numbers the norms of its decoder in the order of their use,
+# that of Deformable DETR, as here, has the second one before the first.
+REFERENCE_DETR = {
+    **prefixed(TORCHVISION_RESNET, "backbone.", "backbone.0.body."),
+    "projection.input_proj.0.0": "input_proj",
+    "transformer.queries.query_embed": "query_embed",
+    **_layers(
+        "transformer.",
+        encoder=_REFERENCE_ENCODER,
+        decoder={
+            "self_attn": "self_attn",
+            "norm2": "norm1",
+            "cross_attn": "multihead_attn",
+            "norm1": "norm2",
+            "ffn.linear1": "linear1",
+            "ffn.linear2": "linear2",
+            "ffn.norm": "norm3",
+        },
+    ),
+    **_head("class_embed", "bbox_embed"),
 }
 
 DETREX = {
@@ -119,35 +150,45 @@ DETREX = {
 }
 
 # As transformers writes them, with a backbone of timm or (NATIVE_) of its own.
+_TRANSFORMERS_LAYERS = _layers(
+    "model.",
+    encoder={
+        "self_attn": "self_attn",
+        "norm1": "self_attn_layer_norm",
+        "ffn.linear1": "fc1",
+        "ffn.linear2": "fc2",
+        "ffn.norm": "final_layer_norm",
+    },
+    decoder={
+        "self_attn": "self_attn",
+        "norm2": "self_attn_layer_norm",
+        "cross_attn": "encoder_attn",
+        "norm1": "encoder_attn_layer_norm",
+        "ffn.linear1": "fc1",
+        "ffn.linear2": "fc2",
+        "ffn.norm": "final_layer_norm",
+    },
+)
+_TRANSFORMERS_BACKBONE = "model.backbone.conv_encoder.model."
 TRANSFORMERS = {
-    **prefixed(TORCHVISION_RESNET, "backbone.", "model.backbone.conv_encoder.model."),
+    **prefixed(TORCHVISION_RESNET, "backbone.", _TRANSFORMERS_BACKBONE),
     "projection.input_proj": "model.input_proj",
     "projection.level_embed": "model.level_embed",
     "transformer.queries.query_embed": "model.query_position_embeddings",
     **_queries("model."),
-    **_layers(
-        "model.",
-        encoder={
-            "self_attn": "self_attn",
-            "norm1": "self_attn_layer_norm",
-            "ffn.linear1": "fc1",
-            "ffn.linear2": "fc2",
-            "ffn.norm": "final_layer_norm",
-        },
-        decoder={
-            "self_attn": "self_attn",
-            "norm2": "self_attn_layer_norm",
-            "cross_attn": "encoder_attn",
-            "norm1": "encoder_attn_layer_norm",
-            "ffn.linear1": "fc1",
-            "ffn.linear2": "fc2",
-            "ffn.norm": "final_layer_norm",
-        },
-    ),
+    **_TRANSFORMERS_LAYERS,
 }
-NATIVE_TRANSFORMERS = TRANSFORMERS | prefixed(
-    TRANSFORMERS_RESNET, "backbone.", "model.backbone.conv_encoder.model."
-)
+TRANSFORMERS_DETR = {
+    **prefixed(TORCHVISION_RESNET, "backbone.", _TRANSFORMERS_BACKBONE),
+    "projection.input_proj.0.0": "model.input_projection",
+    "transformer.queries.query_embed": "model.query_position_embeddings",
+    **_TRANSFORMERS_LAYERS,
+    "transformer.decoder.norm": "model.decoder.layernorm",
+    **_head("class_labels_classifier", "bbox_predictor"),
+}
+_NATIVE_BACKBONE = prefixed(TRANSFORMERS_RESNET, "backbone.", _TRANSFORMERS_BACKBONE)
+NATIVE_TRANSFORMERS = TRANSFORMERS | _NATIVE_BACKBONE
+NATIVE_TRANSFORMERS_DETR = TRANSFORMERS_DETR | _NATIVE_BACKBONE
 
 
 def rename(state: Mapping[str, Tensor], table: Table) -> State:
@@ -173,6 +214,16 @@ def rename(state: Mapping[str, Tensor], table: Table) -> State:
 def reverse(table: Table) -> Table:
     """The table of the way back."""
     return {new: old for old, new in table.items()}
+
+
+def is_detr(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state with names of this project is of a DETR: its decoder has dense attention."""
+    return "transformer.decoder.layers.0.cross_attn.in_proj_weight" in state
+
+
+def without_counters(state: Mapping[str, Tensor]) -> State:
+    """``state`` without the counters of training steps that batch normalisation keeps."""
+    return {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
 
 
 def is_two_stage(state: Mapping[str, Tensor]) -> bool:

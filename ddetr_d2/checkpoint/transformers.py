@@ -1,9 +1,9 @@
-"""Weights and configuration of ``DeformableDetrForObjectDetection`` of Hugging Face transformers.
+"""Weights of Hugging Face transformers: ``DetrForObjectDetection`` and
+``DeformableDetrForObjectDetection``.
 
 Written from its published file layout; transformers itself is not needed.
 """
 
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,63 +12,54 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from ..errors import UserError
-from ..modeling.backbone import STAGES
 from .names import (
     NATIVE_TRANSFORMERS,
+    NATIVE_TRANSFORMERS_DETR,
     TRANSFORMERS,
+    TRANSFORMERS_DETR,
     State,
     join_heads,
     rename,
     reverse,
     split_heads,
+    without_counters,
 )
+from .transformers_config import transformers_config
 
-DEPTHS = {
-    18: [2, 2, 2, 2],
-    34: [3, 4, 6, 3],
-    50: [3, 4, 6, 3],
-    101: [3, 4, 23, 3],
-    152: [3, 8, 36, 3],
-}
-# timm's names by depth, groups and width of a group.
-_TIMM_NAMES = {
-    (50, 1, 64): "resnet50",
-    (101, 1, 64): "resnet101",
-    (152, 1, 64): "resnet152",
-    (50, 32, 4): "resnext50_32x4d",
-    (101, 32, 4): "resnext101_32x4d",
-    (101, 32, 8): "resnext101_32x8d",
-    (101, 64, 4): "resnext101_64x4d",
-}
-# Limit of the inverse sigmoid there, and the entry of config.json that tells another one: only this
-# project reads it.
-_THEIR_EPS = 1e-5
-_EPS = "inverse_sigmoid_eps"
 # What version 5 calls otherwise in memory than in files.
 _IN_MEMORY = (
     (re.compile(r"^model\.backbone\.model\."), "model.backbone.conv_encoder.model."),
-    (re.compile(r"\.self_attn\.o_proj\."), ".self_attn.out_proj."),
+    (re.compile(r"_attn\.o_proj\."), "_attn.out_proj."),
     (re.compile(r"\.mlp\.(fc[12])\."), r".\1."),
 )
-_ATTENTION = re.compile(r"(transformer\.decoder\.layers\.\d+\.self_attn)\.([qkv])_proj\.(.+)")
+_ATTENTION = re.compile(r"(transformer\.\w+\.layers\.\d+\.\w+_attn)\.([qkv])_proj\.(.+)")
+
+
+def is_their_detr(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state with names of transformers is of a DETR."""
+    return any(name.startswith("class_labels_classifier.") for name in state)
 
 
 def from_transformers(state: Mapping[str, Tensor]) -> State:
     """Weights under this project's names.
 
     Args:
-        state: weights of ``DeformableDetrForObjectDetection`` as in its files, or as its
-            ``state_dict()`` has them; with a backbone of timm or of transformers.
+        state: weights of ``DetrForObjectDetection`` or ``DeformableDetrForObjectDetection`` as in
+            its files, or as its ``state_dict()`` has them; with a backbone of timm or of
+            transformers.
     """
     renamed = {}
     for name, tensor in state.items():
         for pattern, replacement in _IN_MEMORY:
             name = pattern.sub(replacement, name)
         renamed[name] = tensor
-    table = reverse(TRANSFORMERS) | reverse(NATIVE_TRANSFORMERS)
-    converted = _join_attention(split_heads(rename(renamed, table)))
-    return {k: v for k, v in converted.items() if not k.endswith("num_batches_tracked")}
+    if is_their_detr(state):
+        table = reverse(TRANSFORMERS_DETR) | reverse(NATIVE_TRANSFORMERS_DETR)
+        converted = rename(renamed, table)
+    else:
+        table = reverse(TRANSFORMERS) | reverse(NATIVE_TRANSFORMERS)
+        converted = split_heads(rename(renamed, table))
+    return without_counters(_join_attention(converted))
 
 
 def to_transformers(
@@ -77,9 +68,9 @@ def to_transformers(
     """Weights and ``config.json`` of the same model in transformers.
 
     Args:
-        state: ``state_dict()`` of a :class:`ddetr_d2.modeling.DeformableDETR`.
+        state: ``state_dict()`` of a :class:`ddetr_d2.modeling.SetDetector`.
         cfg: the configuration that the model was built with.
-        class_names: name of each class output; numbered where absent.
+        class_names: name of each class; numbered where absent.
 
     Returns:
         contiguous weights under the names of transformers' files; its configuration.
@@ -89,22 +80,32 @@ def to_transformers(
     """
     config = transformers_config(cfg, class_names)
     native = not config["use_timm_backbone"]
-    rest, heads = join_heads(_split_attention(state))
-    rest = {k: v for k, v in rest.items() if not k.endswith("num_batches_tracked")}
+    state = without_counters(_split_attention(state))
     if cfg.INPUT.FORMAT == "BGR":  # transformers reads images as RGB
         stem = "backbone.stem.conv1.weight"
-        rest[stem] = rest[stem].flip(1)
-    converted = rename(rest, NATIVE_TRANSFORMERS if native else TRANSFORMERS)
+        state[stem] = state[stem].flip(1)
+    if config["model_type"] == "detr":
+        converted = rename(state, NATIVE_TRANSFORMERS_DETR if native else TRANSFORMERS_DETR)
+    else:
+        rest, heads = join_heads(state)
+        converted = rename(rest, NATIVE_TRANSFORMERS if native else TRANSFORMERS)
+        converted |= _list_of_heads(heads, config)
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in converted.items()}, config
+
+
+def _list_of_heads(heads: Sequence[State], config: Mapping[str, Any]) -> State:
+    """The heads of a Deformable DETR as transformers stores them, those of the proposals last."""
     # A list that the decoder needs is stored as the decoder's, others as the detector's.
     place = {
         "class_embed": "model.decoder.class_embed" if config["two_stage"] else "class_embed",
         "bbox_embed": "model.decoder.bbox_embed" if config["with_box_refine"] else "bbox_embed",
     }
+    result = {}
     for number, head in enumerate(heads):
         for name, tensor in head.items():
             kind, _, within = name.partition(".")
-            converted[f"{place[kind]}.{number}.{within}"] = tensor
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in converted.items()}, config
+            result[f"{place[kind]}.{number}.{within}"] = tensor
+    return result
 
 
 def _join_attention(state: State) -> State:
@@ -126,170 +127,10 @@ def _join_attention(state: State) -> State:
 def _split_attention(state: Mapping[str, Tensor]) -> State:
     result: State = {}
     for name, tensor in state.items():
-        before, found, kind = name.partition(".self_attn.in_proj_")
+        before, found, kind = name.partition(".in_proj_")
         if found:
             for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                result[f"{before}.self_attn.{letter}_proj.{kind}"] = part
+                result[f"{before}.{letter}_proj.{kind}"] = part
         else:
             result[name] = tensor
     return result
-
-
-def transformers_config(cfg: CfgNode, class_names: Sequence[str] | None = None) -> dict[str, Any]:
-    """``config.json`` of transformers for the model that ``cfg`` builds.
-
-    Raises:
-        UserError: if transformers has no such model.
-    """
-    node = cfg.MODEL.DEFORMABLE_DETR
-    if node.TWO_STAGE and not node.WITH_BOX_REFINE:
-        raise UserError("transformers has two-stage models with box refinement only.")
-    other_eps = {}
-    if node.INVERSE_SIGMOID_EPS != _THEIR_EPS:
-        logging.getLogger(__name__).warning(
-            f"MODEL.DEFORMABLE_DETR.INVERSE_SIGMOID_EPS is {node.INVERSE_SIGMOID_EPS}, but "
-            f"transformers always computes with {_THEIR_EPS}: boxes near the border of the image "
-            "will differ there."
-        )
-        other_eps = {_EPS: node.INVERSE_SIGMOID_EPS}
-    names = class_names or [f"LABEL_{number}" for number in range(node.NUM_CLASSES)]
-    return {
-        "architectures": ["DeformableDetrForObjectDetection"],
-        "model_type": "deformable_detr",
-        "activation_function": "relu",
-        "activation_dropout": node.DROPOUT,
-        "attention_dropout": node.DROPOUT,
-        "dropout": node.DROPOUT,
-        "auxiliary_loss": True,
-        **_backbone_config(cfg),
-        **other_eps,
-        "bbox_cost": _whole(node.L1_WEIGHT),
-        "bbox_loss_coefficient": _whole(node.L1_WEIGHT),
-        "class_cost": _whole(node.CLASS_WEIGHT),
-        "d_model": node.HIDDEN_DIM,
-        "decoder_attention_heads": node.NUM_HEADS,
-        "decoder_ffn_dim": node.DIM_FEEDFORWARD,
-        "decoder_layers": node.DEC_LAYERS,
-        "decoder_n_points": node.DEC_POINTS,
-        "encoder_attention_heads": node.NUM_HEADS,
-        "encoder_ffn_dim": node.DIM_FEEDFORWARD,
-        "encoder_layers": node.ENC_LAYERS,
-        "encoder_n_points": node.ENC_POINTS,
-        "focal_alpha": node.FOCAL_ALPHA,
-        "giou_cost": _whole(node.GIOU_WEIGHT),
-        "giou_loss_coefficient": _whole(node.GIOU_WEIGHT),
-        "id2label": {str(number): name for number, name in enumerate(names)},
-        "label2id": {name: number for number, name in enumerate(names)},
-        "num_feature_levels": node.NUM_FEATURE_LEVELS,
-        "num_queries": node.NUM_QUERIES,
-        "position_embedding_type": "sine",
-        "two_stage": node.TWO_STAGE,
-        "two_stage_num_proposals": node.NUM_QUERIES,
-        "with_box_refine": node.WITH_BOX_REFINE,
-    }
-
-
-def preprocessor_config(cfg: CfgNode) -> dict[str, Any]:
-    """``preprocessor_config.json`` of transformers with the image size and the normalisation."""
-    channels = slice(None, None, -1 if cfg.INPUT.FORMAT == "BGR" else 1)
-    return {
-        "image_processor_type": "DeformableDetrImageProcessor",
-        "format": "coco_detection",
-        "do_resize": True,
-        "size": {"shortest_edge": cfg.INPUT.MIN_SIZE_TEST, "longest_edge": cfg.INPUT.MAX_SIZE_TEST},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [value / 255 for value in cfg.MODEL.PIXEL_MEAN[channels]],
-        "image_std": [value / 255 for value in cfg.MODEL.PIXEL_STD[channels]],
-        "do_pad": True,
-    }
-
-
-def options_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``config.json`` tells of a model beyond its weights, as configuration keys and values.
-
-    Raises:
-        UserError: if it is the configuration of another model, or of a kind that is not had here.
-    """
-    kind = config.get("model_type")
-    if kind != "deformable_detr":
-        raise UserError(f"config.json is of a {kind!r} model; a 'deformable_detr' is needed.")
-    for key, value in (("position_embedding_type", "sine"), ("activation_function", "relu")):
-        if config.get(key, value) != value:
-            raise UserError(f"config.json has {key} {config[key]!r}; only {value!r} is supported.")
-    backbone = config.get("backbone_config") or {}
-    dilated = config.get("dilation") or backbone.get("output_stride") == 16
-    two_stage = config.get("two_stage", False)
-    queries = "two_stage_num_proposals" if two_stage else "num_queries"
-    node = "MODEL.DEFORMABLE_DETR."
-    return {
-        f"{node}NUM_HEADS": config.get("encoder_attention_heads", 8),
-        f"{node}NUM_QUERIES": config.get(queries, 300),
-        f"{node}ENC_POINTS": config.get("encoder_n_points", 4),
-        f"{node}DEC_POINTS": config.get("decoder_n_points", 4),
-        f"{node}DROPOUT": float(config.get("dropout", 0.1)),
-        f"{node}INVERSE_SIGMOID_EPS": config.get(_EPS, _THEIR_EPS),
-        "MODEL.RESNETS.RES5_DILATION": 2 if dilated else 1,
-        "MODEL.RESNETS.STRIDE_IN_1X1": backbone.get("downsample_in_bottleneck", False),
-    }
-
-
-def class_names_of(config: Mapping[str, Any]) -> list[str] | None:
-    """The labels in ``config.json``; None if they are but numbered."""
-    labels = config.get("id2label") or {}
-    names = [str(labels[key]) for key in sorted(labels, key=int)]
-    return None if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
-
-
-def _backbone_config(cfg: CfgNode) -> dict[str, Any]:
-    """The backbone: the ResNet of transformers where that can be it, else one of timm."""
-    resnet, features = cfg.MODEL.RESNETS, cfg.MODEL.DEFORMABLE_DETR.IN_FEATURES
-    slim = cfg.MODEL.BACKBONE.NAME == "build_slim_resnet_backbone"
-    unknown = UserError(
-        f"transformers has no backbone like this one (MODEL.BACKBONE.NAME "
-        f"{cfg.MODEL.BACKBONE.NAME}, MODEL.RESNETS.DEPTH {resnet.DEPTH})."
-    )
-    if not slim and cfg.MODEL.BACKBONE.NAME != "build_resnet_backbone":
-        raise unknown
-    basic = slim or resnet.DEPTH < 50
-    stages = 1 + max(STAGES.index(name) for name in resnet.OUT_FEATURES)
-    groups, width = resnet.NUM_GROUPS, resnet.WIDTH_PER_GROUP
-    plain = groups == 1 and resnet.RES5_DILATION == 1
-    if basic or (plain and 4 * width == resnet.RES2_OUT_CHANNELS and not _is_deformable(cfg)):
-        return {
-            "use_timm_backbone": False,
-            "backbone": None,
-            "use_pretrained_backbone": False,
-            "dilation": False,
-            "backbone_config": {
-                "model_type": "resnet",
-                "layer_type": "basic" if basic else "bottleneck",
-                "embedding_size": resnet.STEM_OUT_CHANNELS,
-                "hidden_sizes": [resnet.RES2_OUT_CHANNELS * 2**stage for stage in range(stages)],
-                "depths": ([2, 2, 2, 2] if slim else DEPTHS[resnet.DEPTH])[:stages],
-                "downsample_in_bottleneck": resnet.STRIDE_IN_1X1 and not basic,
-                "out_features": [f"stage{STAGES.index(name) + 1}" for name in features],
-            },
-        }
-    name = _TIMM_NAMES.get((resnet.DEPTH, groups, width))
-    usual = resnet.STEM_OUT_CHANNELS == 64 and resnet.RES2_OUT_CHANNELS == 256
-    levels = cfg.MODEL.DEFORMABLE_DETR.NUM_FEATURE_LEVELS
-    wanted = list(STAGES[1:] if levels > 1 else STAGES[3:])
-    if not name or not usual or features != wanted or _is_deformable(cfg) or resnet.STRIDE_IN_1X1:
-        raise unknown
-    return {
-        "use_timm_backbone": True,
-        "backbone": name,
-        "use_pretrained_backbone": False,
-        "dilation": resnet.RES5_DILATION == 2,
-    }
-
-
-def _is_deformable(cfg: CfgNode) -> bool:
-    return any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE)
-
-
-def _whole(value: float) -> float:
-    """An int where it is one: newer versions of transformers insist."""
-    return int(value) if float(value).is_integer() else value

@@ -13,8 +13,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError
-from .names import REFERENCE, State, is_two_stage, join_heads, rename
-from .transformers import preprocessor_config, to_transformers
+from .names import (
+    REFERENCE,
+    REFERENCE_DETR,
+    State,
+    is_detr,
+    is_two_stage,
+    join_heads,
+    rename,
+    without_counters,
+)
+from .transformers import to_transformers
+from .transformers_config import preprocessor_config
 from .whole_files import save_whole
 
 
@@ -22,10 +32,11 @@ def to_reference(state: Mapping[str, Tensor]) -> State:
     """Weights under the names of the reference implementation, its copies of heads included.
 
     Args:
-        state: ``state_dict()`` of a :class:`ddetr_d2.modeling.DeformableDETR`.
+        state: ``state_dict()`` of a :class:`ddetr_d2.modeling.SetDetector`.
     """
-    rest, heads = join_heads(state)
-    rest = {k: v for k, v in rest.items() if not k.endswith("num_batches_tracked")}
+    if is_detr(state):
+        return rename(without_counters(state), REFERENCE_DETR)
+    rest, heads = join_heads(without_counters(state))
     converted = rename(rest, REFERENCE)
     two_stage = is_two_stage(state)
     refined = len(heads) > 1 + two_stage
@@ -65,9 +76,9 @@ def write_transformers(
 
     Args:
         folder: an existing folder.
-        state: ``state_dict()`` of a :class:`ddetr_d2.modeling.DeformableDETR`.
+        state: ``state_dict()`` of a :class:`ddetr_d2.modeling.SetDetector`.
         cfg: the configuration that the model was built with.
-        class_names: name of each class output; numbered where absent.
+        class_names: name of each class; numbered where absent.
 
     Raises:
         UserError: if transformers has no such model.

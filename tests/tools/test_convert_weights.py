@@ -135,7 +135,7 @@ def test_coco_model_of_the_reference(convert, tmp_path):
     torch.save({"model": as_reference(model.state_dict(), encoder=1, decoder=2)}, source)
     said = convert(source, tmp_path / "coco.pth")
     assert "reference implementation" in said
-    assert "91 class outputs by COCO category id -> the 80 classes of COCO" in said
+    assert "91 classes by COCO category id -> the 80 classes of COCO" in said
     assert "assumed: MODEL.DEFORMABLE_DETR.NUM_HEADS 8;" in said
     written = torch.load(tmp_path / "coco.pth", weights_only=True)
     assert written["class_names"] == COCO_NAMES
