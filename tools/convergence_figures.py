@@ -10,12 +10,15 @@ import numpy as np
 from convergence_members import MEMBERS
 from convergence_tables import Results
 from matplotlib.axes import Axes
+from matplotlib.ticker import StrMethodFormatter
 
 _TITLES = {
     "APs": "APs: objects below 32² pixels",
     "APm": "APm: 32² to 96² pixels",
     "APl": "APl: objects above 96² pixels",
 }
+# 1,000 instead of 10^3
+_PLAIN = StrMethodFormatter("{x:,g}")
 
 
 def draw(results: Results, output: Path) -> None:
@@ -23,7 +26,7 @@ def draw(results: Results, output: Path) -> None:
 
     A line is the mean over the seeds, the band about it reaches from the lowest to the highest.
     """
-    figure = plt.figure(figsize=(11, 7.5), constrained_layout=True)
+    figure = plt.figure(figsize=(11, 8), constrained_layout=True)
     grid = figure.add_gridspec(2, 6)
     by_iterations = figure.add_subplot(grid[0, :3])
     by_time = figure.add_subplot(grid[0, 3:], sharey=by_iterations)
@@ -34,8 +37,9 @@ def draw(results: Results, output: Path) -> None:
         -0.19, functions=(lambda i: i / results.epoch, lambda e: e * results.epoch)
     )
     epochs.set_xlabel("epochs")
+    epochs.xaxis.set_major_formatter(_PLAIN)
     by_time.set_title("AP over the time of training")
-    by_iterations.legend(loc="upper left", fontsize=8)
+    figure.legend(*by_iterations.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     for column, metric in enumerate(_TITLES):
         axes = figure.add_subplot(grid[1, 2 * column : 2 * column + 2], sharex=by_iterations)
         _draw_curves(axes, results, metric)
@@ -56,6 +60,7 @@ def _draw_curves(axes: Axes, results: Results, metric: str, over_time: bool = Fa
         axes.plot(x, values.mean(axis=0), color=color, label=label, marker=".", markersize=4)
         axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=color, alpha=0.2, lw=0)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(_PLAIN)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("CPU minutes" if over_time else "iterations")
     axes.set_ylabel(f"{metric}, %")
