@@ -52,8 +52,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--show-sampling",
         action="store_true",
-        help="for each image a picture more, NAME_sampling.png: the points that the last decoder "
-        "layer looks at for the best detections, coloured by attention weight",
+        help="for each image a picture more, NAME_sampling.png: where the last decoder layer looks "
+        "for the best detections, coloured by attention weight; sampling points, or a heat map of "
+        "DETR",
     )
     parser.add_argument(
         "--sampling-detections",
@@ -65,8 +66,8 @@ def get_parser() -> argparse.ArgumentParser:
         "--sampling-pixels",
         nargs="+",
         metavar="X,Y",
-        help="the same, and the points that the last encoder layer looks at from these pixels "
-        "(column,row) of the image",
+        help="the same, and where the last encoder layer looks from these pixels (column,row) of "
+        "the image",
     )
     parser.add_argument(
         "--opts",
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.show_sampling or args.sampling_pixels or args.sampling_detections is not None
     )
     if show_sampling and not args.input:
-        raise UserError("sampling points are drawn of images only; give them with --input.")
+        raise UserError("where the detector looks is drawn of images only; give them with --input.")
     count = SAMPLING_DETECTIONS if args.sampling_detections is None else args.sampling_detections
     if count < 0:
         raise UserError(

@@ -18,7 +18,7 @@ from window import show
 
 from ddetr_d2.data import read_image
 from ddetr_d2.errors import UserError
-from ddetr_d2.visualization import SamplingRecorder, draw_sampling, set_label_fonts
+from ddetr_d2.visualization import AttentionRecorder, draw_sampling, set_label_fonts
 
 # Smaller images are enlarged to this length of the longer side before labels are drawn.
 MIN_DRAWING_SIZE = 800  # pixels
@@ -57,7 +57,7 @@ def run_on_images(
         images: files to detect on.
         drawings: a file for each drawing.
         threshold: lowest score that is drawn.
-        sampling: what to draw of the sampling points, in pictures of their own.
+        sampling: what to draw of where the detector looks, in pictures of their own.
 
     Returns:
         the number of images that could not be read.
@@ -70,7 +70,7 @@ def run_on_images(
             tqdm.write(f"skipped: {error}", file=sys.stderr)
             unreadable += 1
             continue
-        recorder = SamplingRecorder(predictor.model) if sampling else None
+        recorder = AttentionRecorder(predictor.model) if sampling else None
         start = time.perf_counter()
         with recorder or contextlib.nullcontext():
             instances = detect(predictor, image, threshold)
@@ -85,7 +85,7 @@ def run_on_images(
                 if sampling.files:
                     files.append(sampling.files[index])
             else:
-                message += ", none to show sampling points of"
+                message += ", none to show where the detector looks"
         for file, picture in zip(files, pictures, strict=bool(files)):
             write_image(file, picture)
         tqdm.write(f"{message} -> {', '.join(files)}" if files else message)

@@ -1,4 +1,4 @@
-"""Which sampling points are drawn: those of the best detections and of chosen pixels."""
+"""From where the detector is shown to look: from the best detections and from chosen pixels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from tqdm import tqdm
 
 from ddetr_d2.data import read_image
 from ddetr_d2.errors import UserError
-from ddetr_d2.visualization import SamplingPanel, SamplingRecorder, check_pixel
+from ddetr_d2.visualization import AttentionRecorder, SamplingPanel, check_pixel
 
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """What to draw of the sampling points.
+    """What to draw of where the detector looks.
 
     Attributes:
-        detections: of so many detections, the best first.
-        pixels: and of the encoder's tokens at these pixels (x, y).
+        detections: from so many detections, the best first.
+        pixels: and from the encoder's tokens at these pixels (x, y).
         files: a file for the picture of each image; None to show them.
     """
 
@@ -28,7 +28,7 @@ class SamplingRequest:
     files: Sequence[str] | None
 
     def panels(
-        self, recorder: SamplingRecorder, instances: Instances, metadata: Metadata
+        self, recorder: AttentionRecorder, instances: Instances, metadata: Metadata
     ) -> list[SamplingPanel]:
         """The panels of one image's picture.
 
@@ -41,11 +41,11 @@ class SamplingRequest:
             best.setdefault(query, index)
         panels = []
         for query, index in list(best.items())[: self.detections]:
-            points = recorder.decoder_points(query, instances.image_size)
+            points = recorder.from_query(query, instances.image_size)
             box = tuple(instances.pred_boxes.tensor[index].tolist())
             panels.append(SamplingPanel(f"decoder: {labels[index]}", points, box))
         for x, y in self.pixels:
-            points = recorder.encoder_points((x, y), instances.image_size)
+            points = recorder.from_pixel((x, y), instances.image_size)
             panels.append(SamplingPanel(f"encoder: pixel {x},{y}", points, points.cell))
         return panels
 

@@ -14,7 +14,7 @@ from PIL import Image
 from ddetr_d2.checkpoint import DetrCheckpointer
 from ddetr_d2.engine import setup_cfg
 from ddetr_d2.errors import UserError, exit_on_user_error
-from ddetr_d2.visualization import SamplingPanel, SamplingPoints, SamplingRecorder, draw_sampling
+from ddetr_d2.visualization import AttentionRecorder, SamplingPanel, SamplingPoints, draw_sampling
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "demo"))  # as Python does for the program
@@ -49,6 +49,14 @@ INPUT:
   MIN_SIZE_TEST: 64
   MAX_SIZE_TEST: 96
 """
+# The same as a DETR.
+DETR = (
+    *("MODEL.META_ARCHITECTURE", "DETR"),
+    *("MODEL.DEFORMABLE_DETR.IN_FEATURES", "['res4']"),
+    *("MODEL.DEFORMABLE_DETR.NUM_FEATURE_LEVELS", "1"),
+    *("MODEL.DEFORMABLE_DETR.WITH_BOX_REFINE", "False"),
+    *("MODEL.DEFORMABLE_DETR.TWO_STAGE", "False"),
+)
 DIRECTIONS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
 STRIDES = torch.tensor([8.0, 16.0, 32.0])
 
@@ -82,7 +90,7 @@ def record(model, height, width):
         "height": 2 * height,
         "width": 2 * width,
     }
-    with torch.no_grad(), SamplingRecorder(model) as recorder:
+    with torch.no_grad(), AttentionRecorder(model) as recorder:
         (output,) = model([inputs])
     return recorder, output["instances"]
 
@@ -95,7 +103,7 @@ def steps(scale=1.0):
 
 def test_encoder_looks_around_the_token_at_the_pixel(build):
     recorder, _ = record(build(), 64, 96)
-    points = recorder.encoder_points((100, 50), (128, 192))  # cells are 16 pixels wide
+    points = recorder.from_pixel((100, 50), (128, 192))  # cells are 16 pixels wide
     assert points.cell == (96, 48, 112, 64)
     torch.testing.assert_close(points.reference, torch.tensor([104.0, 56.0]))
     torch.testing.assert_close(points.locations, points.reference + steps(2.0))
@@ -107,7 +115,7 @@ def test_encoder_looks_around_the_token_at_the_pixel(build):
 )
 def test_pixels_in_the_corners(build, pixel, cell):
     recorder, _ = record(build(), 64, 96)
-    assert recorder.encoder_points(pixel, (128, 192)).cell == cell
+    assert recorder.from_pixel(pixel, (128, 192)).cell == cell
 
 
 def test_padded_images(build, monkeypatch):
@@ -115,12 +123,23 @@ def test_padded_images(build, monkeypatch):
     model = build()
     monkeypatch.setattr(type(model.backbone), "size_divisibility", 64)
     recorder, _ = record(model, 64, 80)
-    points = recorder.encoder_points((159, 0), (128, 160))  # cell 9 of 10
+    points = recorder.from_pixel((159, 0), (128, 160))  # cell 9 of 10
     assert points.cell == (144, 0, 160, 16)
     torch.testing.assert_close(points.reference, torch.tensor([152.0, 8.0]))
     center = torch.tensor([[9.5, 0.5], [4.75, 0.25], [2.85, 0.125]])  # in cells of each level
     expected = (center * STRIDES[:, None])[:, None] * 2 + steps(2.0)
     torch.testing.assert_close(points.locations, expected)
+
+
+def test_without_attention_across_levels_a_token_looks_at_its_own(build, monkeypatch):
+    model = build("MODEL.DEFORMABLE_DETR.MULTI_SCALE_ATTENTION", "False")
+    monkeypatch.setattr(type(model.backbone), "size_divisibility", 64)
+    recorder, _ = record(model, 64, 80)
+    points = recorder.from_pixel((159, 17), (128, 160))
+    assert points.cell == (144, 16, 160, 32)
+    torch.testing.assert_close(points.reference, torch.tensor([152.0, 24.0]))
+    torch.testing.assert_close(points.locations, points.reference + steps(2.0)[:, :1])
+    torch.testing.assert_close(points.weights, torch.full((4, 1, 2), 1 / 2))
 
 
 def test_decoder_looks_around_the_reference_point(build):
@@ -132,7 +151,7 @@ def test_decoder_looks_around_the_reference_point(build):
     position = learned.query_embed.weight[:, :32]
     reference = learned.reference_points(position).sigmoid() * torch.tensor([192.0, 128.0])
     for query in instances.queries[:3]:
-        points = recorder.decoder_points(query, instances.image_size)
+        points = recorder.from_query(query, instances.image_size)
         torch.testing.assert_close(points.reference, reference[query].detach())
         torch.testing.assert_close(points.locations, points.reference + steps(2.0))
         assert points.cell is None
@@ -143,7 +162,7 @@ def test_decoder_of_the_two_stage_variant_looks_at_the_box(build):
     whose points lie at 1/2 and 2/2 of half its sides."""
     recorder, instances = record(build(), 64, 96)
     box = instances.pred_boxes[0]
-    points = recorder.decoder_points(instances.queries[0], instances.image_size)
+    points = recorder.from_query(instances.queries[0], instances.image_size)
     torch.testing.assert_close(points.reference, box.get_centers()[0])
     x0, y0, x1, y1 = box.tensor[0].tolist()
     half = torch.tensor([x1 - x0, y1 - y0]) / 2
@@ -163,8 +182,8 @@ def test_weights_of_a_head_sum_to_one_and_are_those_of_the_last_layer(build):
         torch.nn.init.normal_(attention.attention_weights.weight)
     recorder, instances = record(model, 64, 96)
     size = instances.image_size
-    encoder = recorder.encoder_points((5, 5), size)
-    decoder = recorder.decoder_points(instances.queries[0], size)
+    encoder = recorder.from_pixel((5, 5), size)
+    decoder = recorder.from_query(instances.queries[0], size)
     for points in (encoder, decoder):
         torch.testing.assert_close(points.weights.sum((1, 2)), torch.ones(4))
         assert points.weights.std() > 0.01
@@ -173,22 +192,20 @@ def test_weights_of_a_head_sum_to_one_and_are_those_of_the_last_layer(build):
 def test_hooks_are_removed(build):
     model = build()
     recorder, _ = record(model, 64, 96)
-    before = recorder.encoder_points((5, 5), (128, 192))
+    before = recorder.from_pixel((5, 5), (128, 192))
     model([{"image": torch.zeros(3, 64, 64)}])
-    torch.testing.assert_close(
-        recorder.encoder_points((5, 5), (128, 192)).reference, before.reference
-    )
+    torch.testing.assert_close(recorder.from_pixel((5, 5), (128, 192)).reference, before.reference)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_mistakes_in_python(build):
     recorder, _ = record(build("MODEL.DEFORMABLE_DETR.ENC_LAYERS", "0"), 64, 96)
     with pytest.raises(UserError, match="192,5 lies outside of the image of 192 x 128"):
-        recorder.encoder_points((192, 5), (128, 192))
+        recorder.from_pixel((192, 5), (128, 192))
     with pytest.raises(UserError, match="ENC_LAYERS is 0"):
-        recorder.encoder_points((5, 5), (128, 192))
-    with pytest.raises(UserError, match="the model is a Linear"):
-        SamplingRecorder(torch.nn.Linear(1, 1))
+        recorder.from_pixel((5, 5), (128, 192))
+    with pytest.raises(UserError, match="this one is a Linear"):
+        AttentionRecorder(torch.nn.Linear(1, 1))
 
 
 def panel(x, y, box):
@@ -243,13 +260,12 @@ def test_a_query_with_several_classes_is_shown_once(build):
 
 @pytest.fixture
 def arguments(config, build):
-    weights = config.parent / "model.pth"
-    if not weights.exists():
-        DetrCheckpointer(build(), str(config.parent)).save("model")
-
-    def arguments(*args):
+    def arguments(*args, opts=()):
+        weights = config.parent / f"{'detr' if opts else 'model'}.pth"
+        if not weights.exists():
+            DetrCheckpointer(build(*opts), str(config.parent)).save(weights.stem)
         fixed = ["--config-file", str(config), "--confidence-threshold", "0"]
-        return [*fixed, *map(str, args), "--opts", "MODEL.WEIGHTS", str(weights)]
+        return [*fixed, *map(str, args), "--opts", *opts, "MODEL.WEIGHTS", str(weights)]
 
     return arguments
 
@@ -276,7 +292,17 @@ def test_the_program_writes_pictures(arguments, tmp_path, capsys):
     assert picture.std() > 10
     assert "x_sampling_2.png" in capsys.readouterr().out
     assert demo.main(arguments(*inputs, "--sampling-detections", "0")) == 0
-    assert "none to show sampling points of" in capsys.readouterr().out
+    assert "none to show where the detector looks" in capsys.readouterr().out
+
+
+def test_the_program_writes_heat_maps_of_detr(arguments, tmp_path):
+    image = write_image(tmp_path / "x.png")
+    inputs = ["--input", image, "--output", tmp_path / "out"]
+    chosen = ["--sampling-detections", "3", "--sampling-pixels", "0,0"]
+    assert demo.main(arguments(*inputs, *chosen, opts=DETR)) == 0
+    picture = cv2.imread(str(tmp_path / "out" / "x_sampling.png"))
+    # On the black image, and without the colour bar, weights are all that is coloured.
+    assert (np.ptp(picture[:, : int(picture.shape[1] * 0.8)].astype(int), axis=2) > 50).mean() > 0.1
 
 
 def test_the_window_shows_them_after_the_drawing(arguments, tmp_path, monkeypatch):

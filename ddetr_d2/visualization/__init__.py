@@ -1,13 +1,16 @@
 """Pictures of what the detector does."""
 
 from .drawing import SamplingPanel, draw_sampling
+from .heat_map import HeatMap
 from .labels import set_label_fonts
-from .sampling import SamplingPoints, SamplingRecorder, check_pixel
+from .recorder import AttentionRecorder, check_pixel
+from .sampling import SamplingPoints
 
 __all__ = [
+    "AttentionRecorder",
+    "HeatMap",
     "SamplingPanel",
     "SamplingPoints",
-    "SamplingRecorder",
     "check_pixel",
     "draw_sampling",
     "set_label_fonts",

@@ -1,4 +1,4 @@
-"""Pictures of sampling points (paper, figure 6)."""
+"""Pictures of where the detector looks: sampling points, or a heat map."""
 
 import math
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from .heat_map import HeatMap
 from .labels import set_label_fonts
 from .sampling import SamplingPoints
 
@@ -26,6 +27,8 @@ NEGLIGIBLE = 0.1
 # Around the image at most this share of its longer side is shown.
 OUTSIDE = 0.1
 MIN_VIEW = 16  # pixels
+# Of the image below the cell of a heat map that has the largest weight, so much is hidden.
+OPACITY = 0.85
 
 
 @dataclass(frozen=True)
@@ -34,17 +37,19 @@ class SamplingPanel:
 
     Attributes:
         title: what is written above it.
-        points: the points in it.
+        points: what is drawn in it.
         box: (x0, y0, x1, y1) of the detection or of the token's cell, in pixels of the image.
     """
 
     title: str
-    points: SamplingPoints
+    points: SamplingPoints | HeatMap
     box: tuple[float, float, float, float]
 
 
 def draw_sampling(image: np.ndarray, panels: Sequence[SamplingPanel]) -> np.ndarray:
-    """Draw sampling points, coloured by attention weight, on the part of the image they lie in.
+    """Draw where the detector looks, coloured by attention weight.
+
+    Sampling points are drawn on the part of the image that they lie in, a heat map on the whole.
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -63,7 +68,13 @@ def draw_sampling(image: np.ndarray, panels: Sequence[SamplingPanel]) -> np.ndar
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     for axes, panel in zip(grid.flat, panels, strict=False):
-        _draw_panel(axes, image, panel, aspect)
+        if isinstance(panel.points, HeatMap):
+            _draw_heat_map(axes, image, panel)
+        else:
+            _draw_points(axes, image, panel, aspect)
+        _draw_box(axes, panel.box)
+        set_label_fonts([axes.set_title(panel.title, fontsize=11)])
+        axes.tick_params(labelsize=8)
     bar = figure.colorbar(
         ScalarMappable(Normalize(0, 1), COLORS), ax=grid, fraction=0.05, aspect=40, pad=0.02
     )
@@ -72,7 +83,41 @@ def draw_sampling(image: np.ndarray, panels: Sequence[SamplingPanel]) -> np.ndar
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _draw_panel(axes: Axes, image: np.ndarray, panel: SamplingPanel, aspect: float) -> None:
+def _draw_image(
+    axes: Axes, image: np.ndarray, left: int, top: int, right: int, bottom: int
+) -> None:
+    """Draw a part of the image. Matplotlib needs a hundred bytes for a pixel: it gets those that
+    can be seen."""
+    part = Image.fromarray(image[top:bottom, left:right])
+    part = part.reduce(math.ceil(max(part.size) / (2 * PANEL_SIZE * DPI)))
+    axes.imshow(part, extent=(left, right, bottom, top))
+
+
+def _draw_box(axes: Axes, box: tuple[float, float, float, float]) -> None:
+    x0, y0, x1, y1 = box
+    axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color=MARKER, linewidth=2))
+
+
+def _draw_heat_map(axes: Axes, image: np.ndarray, panel: SamplingPanel) -> None:
+    height, width = image.shape[:2]
+    _draw_image(axes, image, 0, 0, width, height)
+    covered_width, covered_height = panel.points.size
+    weights = panel.points.weights.numpy()
+    share = weights / weights.max()
+    axes.imshow(
+        share,
+        cmap=COLORS,
+        vmin=0,
+        vmax=1,
+        alpha=OPACITY * share,
+        extent=(0, covered_width, covered_height, 0),
+        interpolation="nearest",
+    )
+    axes.set_xlim(0, width)
+    axes.set_ylim(height, 0)
+
+
+def _draw_points(axes: Axes, image: np.ndarray, panel: SamplingPanel, aspect: float) -> None:
     locations = panel.points.locations.flatten(0, -2).numpy()
     weights = panel.points.weights.flatten().numpy()
     order = weights.argsort()  # the largest are drawn last
@@ -81,12 +126,7 @@ def _draw_panel(axes: Axes, image: np.ndarray, panel: SamplingPanel, aspect: flo
 
     left, top = np.maximum(low, 0).astype(int)
     right, bottom = np.minimum(np.ceil(high).astype(int), image.shape[1::-1])
-    # Matplotlib needs a hundred bytes for a pixel: it gets those that can be seen.
-    part = Image.fromarray(image[top:bottom, left:right])
-    part = part.reduce(math.ceil(max(part.size) / (2 * PANEL_SIZE * DPI)))
-    axes.imshow(part, extent=(left, right, bottom, top))
-    x0, y0, x1, y1 = panel.box
-    axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color=MARKER, linewidth=2))
+    _draw_image(axes, image, left, top, right, bottom)
     share = weights / weights[-1]
     axes.scatter(
         *locations.T,
@@ -110,8 +150,6 @@ def _draw_panel(axes: Axes, image: np.ndarray, panel: SamplingPanel, aspect: flo
     axes.set_xlim(low[0], high[0])
     axes.set_ylim(high[1], low[1])
     axes.set_facecolor("0.85")
-    set_label_fonts([axes.set_title(panel.title, fontsize=11)])
-    axes.tick_params(labelsize=8)
     hidden = weights[((locations < low) | (locations > high)).any(1)].sum() / weights.sum()
     if hidden >= 0.005:
         axes.set_xlabel(f"{hidden:.0%} of the weight lies outside of this view", fontsize=8)
