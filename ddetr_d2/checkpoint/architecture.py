@@ -212,4 +212,5 @@ def differences(wanted: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
 def as_arguments(options: Mapping[str, Any]) -> str:
     """``options`` as they are written on a command line."""
     words = ((key, str(value)) for key, value in options.items())
-    return " ".join(f'{k} "{v}"' if " " in v else f"{k} {v}" for k, v in words)
+    # Lists have quotes of their own, which a shell would take away.
+    return " ".join(f'{k} "{v}"' if set(v) & set(" ['(") else f"{k} {v}" for k, v in words)

@@ -152,3 +152,38 @@ def as_caffe2(backbone: State) -> State:
         branch = "branch1" if parts[2] == "shortcut" else f"branch2{'abc'[int(parts[2][-1]) - 1]}"
         result[f"{parts[0]}_{parts[1]}_{branch}_{norm}"] = tensor
     return result
+
+
+def as_reference_detr(state: State, encoder: int, decoder: int) -> State:
+    """The state of a DETR of this project as the reference implementation of DETR would save it."""
+    result = {}
+    for name, tensor in state.items():
+        if name.startswith("backbone.") and not name.endswith("num_batches_tracked"):
+            result[f"backbone.0.body.{_torchvision(name.removeprefix('backbone.'))}"] = tensor
+    result["query_embed.weight"] = state["transformer.queries.query_embed.weight"]
+    head = "transformer.decoder.heads.0"
+    pairs = {
+        "projection.input_proj.0.0": "input_proj",
+        "transformer.decoder.norm": "transformer.decoder.norm",
+        f"{head}.class_embed": "class_embed",
+    }
+    for linear in range(3):
+        pairs[f"{head}.bbox_embed.{3 * linear}"] = f"bbox_embed.layers.{linear}"
+    # Norms here and there, in the order in which they are applied.
+    layers = [("encoder", i, {"norm1": "norm1", "ffn.norm": "norm2"}) for i in range(encoder)]
+    norms = {"norm2": "norm1", "norm1": "norm2", "ffn.norm": "norm3"}
+    layers += [("decoder", i, norms) for i in range(decoder)]
+    for kind, index, norms in layers:
+        layer = f"transformer.{kind}.layers.{index}"
+        for ours, theirs in norms.items():
+            pairs[f"{layer}.{ours}"] = f"{layer}.{theirs}"
+        for linear in ("linear1", "linear2"):
+            pairs[f"{layer}.ffn.{linear}"] = f"{layer}.{linear}"
+        attentions = {"self_attn": "self_attn"}
+        if kind == "decoder":
+            attentions["cross_attn"] = "multihead_attn"
+        for ours, theirs in attentions.items():
+            pairs[f"{layer}.{ours}.out_proj"] = f"{layer}.{theirs}.out_proj"
+            for part in ("in_proj_weight", "in_proj_bias"):
+                result[f"{layer}.{theirs}.{part}"] = state[f"{layer}.{ours}.{part}"]
+    return result | {theirs: state[ours] for ours, theirs in _modules(pairs)}
