@@ -8,8 +8,9 @@ have made no progress for some time. What counts as progress:
 
 - in a training step (:func:`step`): its stations (:func:`beat`);
 - in an evaluation (:class:`EvaluatedBatches`): each batch;
-- while files are written (:func:`writing`): processor time, and the disk may be waited for;
-- elsewhere (data sets are read and checked, the model is built, AP is computed): processor time.
+- while files are written (:func:`writing`): that the main thread computes at all; a disk may be
+  waited for;
+- elsewhere (data sets are read and checked, the model is built, AP is computed): the same.
 
 Time is counted in rounds of the watching thread rather than read from a clock: a run that was
 suspended as a whole (Ctrl-Z, ``scontrol suspend``) goes on afterwards.
@@ -43,8 +44,9 @@ WRITING_LIMIT = 600.0
 # Outside of steps and evaluations a single call of C code may keep all threads of a process from
 # running, as the parsing of a large annotation file does.
 SILENCE_LIMIT = 1800.0
-# Seconds of processor time in a round that count as progress. The watching itself takes < 1 ms.
-BUSY_SECONDS = 0.005
+# Seconds of the main thread's processor time in a round that count as progress: more than it takes
+# to look again and again whether something has come. Other threads never rest, NCCL's for example.
+BUSY_SECONDS = 0.0005
 EXIT_HUNG = os.EX_SOFTWARE  # 70
 
 
@@ -143,7 +145,8 @@ class Heartbeat:
         self._rounds = 0  # of the watching thread
         self._rounds_since_progress = 0
         self._rounds_unanswered = 0
-        self._busy_before = 0.0  # processor time of this process until the last round
+        self._clock = time.pthread_getcpuclockid(self._main_thread)
+        self._busy_before = 0.0  # processor time of the main thread until the last round
         # Of each process: its last state, and the rounds since it changed.
         self._seen: list[tuple[_State, int]] = []
         self._ended = threading.Event()
@@ -284,7 +287,7 @@ class Heartbeat:
                 )
 
     def _notice_work(self) -> None:
-        busy = time.process_time()
+        busy = time.clock_gettime(self._clock)
         if self._work.busy_counts and busy - self._busy_before > BUSY_SECONDS:
             self.progress()
         self._busy_before = busy

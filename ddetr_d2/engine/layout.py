@@ -29,8 +29,8 @@ def launch_argument_parser() -> argparse.ArgumentParser:
         type=float,
         default=STEP_LIMIT,
         metavar="SECONDS",
-        help="end the run when one of several processes makes no progress in a training step for "
-        "this long, or ten times the usual duration of a step if that is longer "
+        help="end the run when one of several processes makes no progress for this long, in a "
+        "training step or evaluation for ten times the usual duration if that is longer "
         "(default: %(default)s)",
     )
     parser.set_defaults(num_gpus=None, dist_url="auto")

@@ -273,11 +273,13 @@ class Trainer(DefaultTrainer):
         try:
             return self._evaluate()
         except UserError as error:
+            kept = "What was trained is in a checkpoint: mend"
             if self.iter < self.max_iter and comm.get_world_size() == 1:
                 self.save(f"model_{self.iter:07d}", pending=True)
+            elif self.iter < self.max_iter:  # the other processes know nothing of the error
+                kept = "Mend"
             raise UserError(
-                f"the evaluation failed: {error}. What was trained is in a checkpoint: mend the "
-                "test set and continue with --resume"
+                f"the evaluation failed: {error}. {kept} the test set and continue with --resume"
             ) from error
         finally:
             restore_random_state(before)

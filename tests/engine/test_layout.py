@@ -1,5 +1,8 @@
 """Arguments and environment variables from which no run can be started."""
 
+import re
+import shlex
+
 import pytest
 
 from ddetr_d2.engine.layout import (
@@ -9,6 +12,8 @@ from ddetr_d2.engine.layout import (
     layout_from_environment,
 )
 from ddetr_d2.errors import UserError
+
+from ..conftest import ROOT
 
 
 def parse(arguments: str):
@@ -74,3 +79,19 @@ def test_environment_that_does_not_work(monkeypatch, changes, arguments, message
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         layout_from_environment(parse(arguments))
+
+
+def commands_of_the_docs():
+    text = (ROOT / "docs" / "training.md").read_text().replace("\\\n", " ")
+    lines = re.findall(r"train_net\.py (--config-file .*?)['`]?$", text, re.MULTILINE)
+    return [shlex.split(line) for line in lines]
+
+
+def test_commands_of_the_docs():
+    """Options after the first KEY would be taken for keys."""
+    commands = commands_of_the_docs()
+    assert len(commands) > 6
+    for command in commands:
+        args = launch_argument_parser().parse_args(command)
+        assert (ROOT / args.config_file).is_file()
+        assert not [word for word in args.opts if word.startswith("-")], command

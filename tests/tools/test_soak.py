@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -68,6 +69,19 @@ def test_memory_of_a_process_and_its_child():
         child.communicate(b"\n")
     assert found[0].step == 7
     assert 50 < found[0].proportional <= found[0].anonymous <= found[0].rss < 100
+
+
+def test_a_forked_process_is_a_data_worker():
+    context = multiprocessing.get_context("fork")
+    event = context.Event()
+    child = context.Process(target=event.wait)
+    child.start()
+    try:
+        names = {sample.name for sample in soak.Processes(os.getpid()).sample(0)}
+    finally:
+        event.set()
+        child.join()
+    assert {"main process", "data worker 1"} <= names
 
 
 def test_steps_that_are_being_written(tmp_path):
