@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..errors import UserError
+from . import hub  # noqa: F401  hf:// paths
 
 # The weights in a folder of Hugging Face transformers, the first of them that is there.
 FOLDER_FILES = (
@@ -78,24 +79,27 @@ class _ArrayUnpickler(pickle.Unpickler):
 def local_path(path: str) -> str:
     """The file at ``path`` on this machine, after a download where it is a URL.
 
-    A folder of Hugging Face transformers stands for the weights in it.
+    A folder of Hugging Face transformers, or a model on the hub (:mod:`.hub`), stands for the
+    weights in it.
 
     Raises:
         UserError: if there is none.
     """
     path = path.partition("?")[0]  # Detectron2 takes options such as ?matching_heuristics=True
-    if os.path.isdir(path):
-        for name in FOLDER_FILES:
-            if os.path.isfile(os.path.join(path, name)):
-                return os.path.join(path, name)
-        raise UserError(
-            f"weights {path} are a folder without {' or '.join(FOLDER_FILES[::2])}; name a folder "
-            "that transformers has saved, or a file."
-        )
     try:
         local = PathManager.get_local_path(path)
+    except UserError:
+        raise
     except Exception as error:  # downloads fail in as many ways as there are URLs
         raise UserError(f"weights {path} cannot be fetched: {error}") from error
+    if os.path.isdir(local):
+        files = [os.path.join(local, name) for name in FOLDER_FILES]
+        local = next((file for file in files if os.path.isfile(file)), "")
+        if not local:
+            raise UserError(
+                f"weights {path} are a folder without {' or '.join(FOLDER_FILES[::2])}; name a "
+                "folder that transformers has saved, or a file."
+            )
     if not os.path.isfile(local):
         raise UserError(f"weights {path} do not exist; check MODEL.WEIGHTS.")
     return local
