@@ -131,7 +131,7 @@ def _resnet_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
         f"{_RESNET}STEM_OUT_CHANNELS": state["backbone.stem.conv1.weight"].shape[0],
         DILATION: 1,
     }
-    if features:
+    if 0 < features <= len(stages):
         options[f"{_NODE}IN_FEATURES"] = list(stages[-features:])
         options[f"{_RESNET}OUT_FEATURES"] = list(stages[-features:])
     inner, last = (state.get(f"backbone.res2.0.conv{i}.weight") for i in (2, 3))

@@ -30,6 +30,8 @@ from .architecture import (
 from .files import local_path, read_file
 from .names import (
     DETREX,
+    MMDETECTION,
+    MMDETECTION_2,
     REFERENCE,
     REFERENCE_DETR,
     TORCHVISION_RESNET,
@@ -109,7 +111,7 @@ def read_weights(path: str, allow_pickle: bool = False, shown: str = "") -> Weig
     raise UserError(
         f"{shown} holds weights of an unknown model ({names}, ...); known are DETR and "
         "Deformable DETR of the reference implementations and of transformers, Deformable DETR of "
-        "detrex, and ResNets."
+        "detrex and of mmdetection, and ResNets."
     )
 
 
@@ -127,6 +129,8 @@ def _state(content: Any) -> State:
             value = torch.from_numpy(np.array(value))
         if isinstance(value, Tensor) and isinstance(name, str):
             state[name] = value
+    # What torch.compile and DistributedDataParallel put before names.
+    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
     if state and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     return {name: tensor for name, tensor in state.items() if not _IGNORED.fullmatch(name)}
@@ -181,14 +185,38 @@ def _reference(state: State, content: Any, path: str) -> Weights:
     return _with_classes(Weights("reference implementation", converted, names, options))
 
 
-def _detrex(state: State, content: Any, path: str) -> Weights:
+def _with_one_list_of_levels(state: State) -> State:
+    """``state`` with ``neck.extra_convs`` counted on from ``neck.convs``."""
     first_extra = len({name.split(".")[2] for name in state if name.startswith("neck.convs.")})
-    state = {
+    return {
         re.sub(
             r"^neck\.extra_convs\.(\d+)", lambda m: f"neck.convs.{first_extra + int(m[1])}", name
         ): tensor
-        for name, tensor in without_counters(state).items()
+        for name, tensor in state.items()
     }
+
+
+def _mmdetection(state: State, content: Any, path: str) -> Weights:
+    state = _with_one_list_of_levels(rename(without_counters(state), MMDETECTION_2))
+    state = {
+        name.replace("backbone.", "backbone.0.body.", 1)
+        if name.startswith("backbone.")
+        else name: x
+        for name, x in rename(state, reverse(MMDETECTION)).items()
+    }
+    for name, weight in [*state.items()]:
+        if re.fullmatch(r"input_proj\.\d+\.0\.weight", name):  # they have no bias
+            state.setdefault(name.replace("weight", "bias"), weight.new_zeros(len(weight)))
+    state = split_heads(rename(state, reverse(REFERENCE)))
+    meta = content.get("meta") if isinstance(content.get("meta"), Mapping) else {}
+    data_set = meta.get("dataset_meta") if isinstance(meta.get("dataset_meta"), Mapping) else {}
+    names = data_set.get("classes") or data_set.get("CLASSES") or meta.get("CLASSES")
+    names = [str(name) for name in names] if isinstance(names, list | tuple) else None
+    return _with_classes(Weights("mmdetection", state, names, {INVERSE_SIGMOID_EPS: 1e-5}))
+
+
+def _detrex(state: State, content: Any, path: str) -> Weights:
+    state = _with_one_list_of_levels(without_counters(state))
     state = split_heads(rename(state, reverse(DETREX)))
     # Trained with another limit than the reference implementation's, which moves boxes.
     return _with_classes(Weights("detrex", state, options={INVERSE_SIGMOID_EPS: 1e-3}))
@@ -243,6 +271,7 @@ _FORMATS = [
         (r"projection\.|transformer\.(queries|decoder\.heads)\.", _own),
         (r"model\.(encoder|decoder)\.layers\.\d+\.\w+\.sampling_offsets\.", _transformers),
         (r"class_labels_classifier\.|model\.input_projection\.", _transformers),
+        (r"bbox_head\.", _mmdetection),
         (r"neck\.convs\.|transformer\.\w+\.layers\.\d+\.attentions\.", _detrex),
         (r"backbone\.0\.body\.|transformer\.\w+\.layers\.\d+\.\w+\.sampling_offs", _reference),
         (r"transformer\.decoder\.layers\.\d+\.multihead_attn\.", _reference),

@@ -149,6 +149,65 @@ DETREX = {
     ),
 }
 
+# mmdetection 3, beside the names of the reference implementation.
+MMDETECTION = {
+    "input_proj.*.0": "neck.convs.*.conv",
+    "input_proj.*.1": "neck.convs.*.gn",
+    "transformer.level_embed": "level_embed",
+    "query_embed": "query_embedding",
+    "transformer.enc_output": "memory_trans_fc",
+    "transformer.enc_output_norm": "memory_trans_norm",
+    "transformer.pos_trans": "pos_trans_fc",
+    "transformer.pos_trans_norm": "pos_trans_norm",
+    "transformer.reference_points": "reference_points_fc",
+    "class_embed": "bbox_head.cls_branches",
+    **{f"bbox_embed.*.layers.{i}": f"bbox_head.reg_branches.*.{2 * i}" for i in range(3)},
+    **prefixed(
+        {
+            "self_attn": "self_attn",
+            "norm1": "norms.0",
+            "linear1": "ffn.layers.0.0",
+            "linear2": "ffn.layers.1",
+            "norm2": "norms.1",
+        },
+        "transformer.encoder.layers.*.",
+        "encoder.layers.*.",
+    ),
+    **prefixed(
+        {
+            "self_attn": "self_attn.attn",
+            "norm2": "norms.0",
+            "cross_attn": "cross_attn",
+            "norm1": "norms.1",
+            "linear1": "ffn.layers.0.0",
+            "linear2": "ffn.layers.1",
+            "norm3": "norms.2",
+        },
+        "transformer.decoder.layers.*.",
+        "decoder.layers.*.",
+    ),
+}
+# What its 2nd major version calls otherwise, and how the 3rd calls it.
+MMDETECTION_2 = {
+    "bbox_head.query_embedding": "query_embedding",
+    "bbox_head.transformer.level_embeds": "level_embed",
+    "bbox_head.transformer.enc_output": "memory_trans_fc",
+    "bbox_head.transformer.enc_output_norm": "memory_trans_norm",
+    "bbox_head.transformer.pos_trans": "pos_trans_fc",
+    "bbox_head.transformer.pos_trans_norm": "pos_trans_norm",
+    "bbox_head.transformer.reference_points": "reference_points_fc",
+    **{
+        f"bbox_head.transformer.{part}.layers.*.{theirs}": f"{part}.layers.*.{new}"
+        for part in ("encoder", "decoder")
+        for theirs, new in (
+            ("attentions.0", "self_attn"),
+            ("attentions.1", "cross_attn"),
+            ("ffns.0", "ffn"),
+            ("norms", "norms"),
+        )
+    },
+}
+
 # As transformers writes them, with a backbone of timm or (NATIVE_) of its own.
 _TRANSFORMERS_LAYERS = _layers(
     "model.",

@@ -187,3 +187,73 @@ def as_reference_detr(state: State, encoder: int, decoder: int) -> State:
             for part in ("in_proj_weight", "in_proj_bias"):
                 result[f"{layer}.{theirs}.{part}"] = state[f"{layer}.{ours}.{part}"]
     return result | {theirs: state[ours] for ours, theirs in _modules(pairs)}
+
+
+def as_mmdetection(state: State, encoder: int, decoder: int, features: int, major: int) -> State:
+    """The same as mmdetection of the given major version, 2 or 3, would save it. Its projections
+    have no bias."""
+    two_stage = "transformer.queries.pos_trans.weight" in state
+    refined = "transformer.decoder.heads.1.class_embed.bias" in state
+    result = {}
+    for name, tensor in state.items():
+        if name.startswith("backbone."):
+            result[f"backbone.{_torchvision(name.removeprefix('backbone.'))}"] = tensor
+    # Version 2: where the transformer is, what the query embedding is called, and the parts of it.
+    within = "bbox_head.transformer." if major == 2 else ""
+    level_embed = "level_embeds" if major == 2 else "level_embed"
+    result[within + level_embed] = state["projection.level_embed"]
+    pairs = {}
+    for level in range(len(state["projection.level_embed"])):
+        convs = f"convs.{level}" if level < features else f"extra_convs.{level - features}"
+        own = f"projection.input_proj.{level}"
+        result[f"neck.{convs}.conv.weight"] = state[f"{own}.0.weight"]
+        pairs[f"{own}.1"] = f"neck.{convs}.gn"
+    parts = {
+        "enc_output": "memory_trans_fc",
+        "enc_output_norm": "memory_trans_norm",
+        "pos_trans": "pos_trans_fc",
+        "pos_trans_norm": "pos_trans_norm",
+        "reference_points": "reference_points_fc",
+    }
+    for own, theirs in parts.items():
+        if f"transformer.queries.{own}.weight" in state:
+            pairs[f"transformer.queries.{own}"] = within + (own if major == 2 else theirs)
+    if not two_stage:
+        query = "bbox_head.query_embedding" if major == 2 else "query_embedding"
+        result[f"{query}.weight"] = state["transformer.queries.query_embed.weight"]
+    self_attn, cross_attn, ffn = (
+        ("attentions.0", "attentions.1", "ffns.0")
+        if major == 2
+        else ("self_attn", "cross_attn", "ffn")
+    )
+    for index in range(encoder):
+        layer, there = f"transformer.encoder.layers.{index}", f"{within}encoder.layers.{index}"
+        for part in DEFORMABLE:
+            pairs[f"{layer}.self_attn.{part}"] = f"{there}.{self_attn}.{part}"
+        pairs[f"{layer}.norm1"] = f"{there}.norms.0"
+        pairs[f"{layer}.ffn.linear1"] = f"{there}.{ffn}.layers.0.0"
+        pairs[f"{layer}.ffn.linear2"] = f"{there}.{ffn}.layers.1"
+        pairs[f"{layer}.ffn.norm"] = f"{there}.norms.1"
+    for index in range(decoder):
+        layer, there = f"transformer.decoder.layers.{index}", f"{within}decoder.layers.{index}"
+        for part in DEFORMABLE:
+            pairs[f"{layer}.cross_attn.{part}"] = f"{there}.{cross_attn}.{part}"
+        for part in ("in_proj_weight", "in_proj_bias"):
+            result[f"{there}.{self_attn}.attn.{part}"] = state[f"{layer}.self_attn.{part}"]
+        pairs[f"{layer}.self_attn.out_proj"] = f"{there}.{self_attn}.attn.out_proj"
+        pairs[f"{layer}.norm2"] = f"{there}.norms.0"
+        pairs[f"{layer}.norm1"] = f"{there}.norms.1"
+        pairs[f"{layer}.ffn.linear1"] = f"{there}.{ffn}.layers.0.0"
+        pairs[f"{layer}.ffn.linear2"] = f"{there}.{ffn}.layers.1"
+        pairs[f"{layer}.ffn.norm"] = f"{there}.norms.2"
+    for index in range(decoder + two_stage):
+        own = f"transformer.decoder.heads.{index if refined else 0}"
+        if index == decoder:
+            own = "transformer.queries.head"
+        pairs_of_head = {f"{own}.class_embed": f"bbox_head.cls_branches.{index}"}
+        for linear in range(3):
+            theirs = f"bbox_head.reg_branches.{index}.{2 * linear}"
+            pairs_of_head[f"{own}.bbox_embed.{3 * linear}"] = theirs
+        result |= {theirs: state[ours] for ours, theirs in _modules(pairs_of_head)}
+    result |= {theirs: state[ours] for ours, theirs in _modules(pairs)}
+    return result
