@@ -179,6 +179,9 @@ def test_images_without_objects(counts, tmp_path):
 def test_from_images_to_losses_and_detections(variant, tmp_path):
     """With the image processor there at both ends."""
     cfg, here, there = make_detr_pair(variant, "there", tmp_path)
+    with torch.no_grad():  # so that "no object" is the best of many queries
+        there.class_labels_classifier.bias[-1] += 3
+        here.transformer.decoder.heads[0].class_embed.bias[-1] += 3
     inputs, targets = make_inputs()
     processor = DetrImageProcessor(do_resize=False)
     images = processor(images=[x["image"] for x in inputs], return_tensors="pt")
@@ -188,6 +191,8 @@ def test_from_images_to_losses_and_detections(variant, tmp_path):
         found = here.eval()(inputs)
         output = predict_there(there, images["pixel_values"], images["pixel_mask"], targets)
     assert not differences(losses, losses_there(output.loss_dict, cfg), 1e-4)
+
+    assert (output.logits.argmax(-1) == 5).float().mean() > 0.5
 
     sizes = [(x["height"], x["width"]) for x in inputs]
     wanted = processor.post_process_object_detection(output, threshold=0.0, target_sizes=sizes)

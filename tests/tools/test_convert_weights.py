@@ -18,7 +18,7 @@ from ddetr_d2.data.synthetic import make_synthetic
 from ddetr_d2.engine import setup_cfg
 from ddetr_d2.errors import UserError
 
-from ..checkpoint.foreign import as_reference
+from ..checkpoint.foreign import as_reference, as_reference_detr
 from ..checkpoint.test_files import Evil, Harmless
 from ..conftest import ROOT, TINY, VARIANTS
 
@@ -63,7 +63,7 @@ def assert_same(a, b):
         assert torch.equal(a[name], b[name]), name
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, "detr", "detr_dc5"])
 def test_there_and_back(variant, convert, tmp_path):
     wide = []
     if variant.endswith("dc5"):  # transformers has it in the usual widths only
@@ -149,6 +149,48 @@ def test_coco_model_of_the_reference(convert, tmp_path):
     convert(source, tmp_path / "hf", "--to", "transformers")
     labels = json.loads((tmp_path / "hf" / "config.json").read_text())["id2label"]
     assert [labels[str(number)] for number in range(80)] == COCO_NAMES
+
+
+def test_coco_model_of_the_reference_of_detr(convert, tmp_path):
+    model = tiny("detr", 91)
+    source = tmp_path / "detr-r50.pth"
+    torch.save({"model": as_reference_detr(model.state_dict(), encoder=1, decoder=2)}, source)
+    said = convert(source, tmp_path / "coco.pth")
+    assert "91 classes by COCO category id -> the 80 classes of COCO" in said
+    untold = "MODEL.DEFORMABLE_DETR.NUM_HEADS 8 MODEL.RESNETS.RES5_DILATION 1;"
+    assert f"assumed: {untold}" in said
+    assert "--config-file configs/detr.yaml" in said
+    written = torch.load(tmp_path / "coco.pth", weights_only=True)
+    assert written["class_names"] == COCO_NAMES
+    assert written["options"]["MODEL.DEFORMABLE_DETR.CLASS_LOSS"] == "cross_entropy"
+    assert written["model"]["transformer.decoder.heads.0.class_embed.bias"].shape == (81,)
+
+    convert(source, tmp_path / "all.pth", "--keep-outputs")
+    assert_same(state_in(tmp_path / "all.pth"), model.state_dict())
+    dilated = tmp_path / "dc5.yaml"  # what nothing in the file tells
+    dilated.write_text(
+        f"_BASE_: {config('detr_dc5')}\nMODEL:\n  RESNETS: {{STEM_OUT_CHANNELS: 16, "
+        "RES2_OUT_CHANNELS: 32, WIDTH_PER_GROUP: 8}\n  DEFORMABLE_DETR: {HIDDEN_DIM: 64, "
+        "DIM_FEEDFORWARD: 128, ENC_LAYERS: 1, DEC_LAYERS: 2, NUM_QUERIES: 20}\n"
+    )
+    said = convert(source, tmp_path / "dc5.pth", "--config-file", dilated)
+    assert "assumed" not in said
+    options = torch.load(tmp_path / "dc5.pth", weights_only=True)["options"]
+    assert options["MODEL.RESNETS.RES5_DILATION"] == 2
+
+
+def test_dc5_plus_stays_what_it_is(convert, tmp_path):
+    """Its classes are sigmoids, which only this project has for a DETR."""
+    model = tiny("detr_dc5_plus")
+    DetrCheckpointer(model, str(tmp_path), class_names=["a", "b", "c"]).save("own")
+    convert(tmp_path / "own.pth", tmp_path / "reference.pth", "--to", "reference")
+    said = convert(tmp_path / "reference.pth", tmp_path / "back.pth")
+    assert "3 classes: a, b, c" in said
+    assert "configs/detr_dc5_plus.yaml" in said and "CLASS_LOSS" not in said
+    assert_same(state_in(tmp_path / "back.pth"), model.state_dict())
+    with pytest.raises(UserError, match="CLASS_LOSS is focal"):
+        convert(tmp_path / "own.pth", tmp_path / "hf", "--to", "transformers")
+    assert not (tmp_path / "hf").exists()
 
 
 def test_configuration_for_what_weights_do_not_tell(convert, tmp_path):
