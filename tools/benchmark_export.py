@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ddetr_d2.engine import setup_cfg
 from ddetr_d2.errors import UserError, exit_on_user_error
 from ddetr_d2.export import LOADERS, WRITERS, ExportableDetector, example_inputs
-from ddetr_d2.modeling import DeformableDETR
+from ddetr_d2.modeling import SetDetector
 
 STANDARD = ("grid_sample", "gather")
 FORMS = [
@@ -64,7 +64,7 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def prepare(form: str, model: DeformableDETR, folder: str) -> Callable:
+def prepare(form: str, model: SetDetector, folder: str) -> Callable:
     """The detector in one of FORMS, as a function of tensors."""
     if form == "torch.compile":
         detector = ExportableDetector(model, sampling="operator")

@@ -37,7 +37,7 @@ from ddetr_d2.export import (
     example_inputs,
 )
 from ddetr_d2.export.formats import require_package
-from ddetr_d2.modeling import DeformableDETR
+from ddetr_d2.modeling import SetDetector
 
 # Largest difference allowed, of scores and of boxes as fractions of the image.
 TOLERANCE = 1e-3
@@ -89,7 +89,7 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def load_model(cfg: CfgNode) -> tuple[DeformableDETR, list[str] | None]:
+def load_model(cfg: CfgNode) -> tuple[SetDetector, list[str] | None]:
     """The detector with its weights and, if they are known, the names of its classes.
 
     Raises:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import MSDeformAttn
-from ..modeling import DeformableDETR
+from ..modeling import SetDetector
 from .sampling import sample_with_gather, sample_with_grid_sample
 
 # How exported files sample: formulation by name; None leaves the operator of ddetr_d2.
@@ -29,7 +29,7 @@ class ExportableDetector(nn.Module):
 
     def __init__(
         self,
-        model: DeformableDETR,
+        model: SetDetector,
         *,
         preprocess: bool = True,
         postprocess: bool = True,

@@ -92,15 +92,23 @@ def compare(
         if detector.preprocess:
             images, sizes_or_mask = detector.prepare(images, sizes_or_mask)
         predictions = detector.model.predict(images, sizes_or_mask)[0][-1]
+    # Of all queries and classes, so that none is missing that the file may have preferred.
+    logits = predictions.logits.double()
+    candidates = detector.model.criterion.matcher.classification.best(logits, logits[0].numel())
     differences = []
     for index in range(len(images)):
-        expected = [tensor[index].double().cpu().numpy() for tensor in predictions]
         # What is no number is far from everything.
         actual = [np.nan_to_num(tensor[index].cpu().numpy(), nan=1e6) for tensor in outputs]
         if detector.postprocess:
             size = output_sizes[0][index].cpu().numpy()
-            differences.append(_compare_detections(detector, expected, actual, size))
+            boxes = predictions.boxes[index].double()
+            chosen = [tensor[index].cpu().numpy() for tensor in candidates]
+            count = detector.model.num_detections
+            differences.append(
+                _compare_detections(chosen, boxes.cpu().numpy(), actual, size, count)
+            )
         else:
+            expected = [tensor[index].double().cpu().numpy() for tensor in predictions]
             differences.append(_compare_queries(expected, actual))
     return Differences(*np.max(differences, axis=0).tolist())
 
@@ -115,25 +123,25 @@ def _compare_queries(expected: list[np.ndarray], actual: list[np.ndarray]) -> Di
 
 
 def _compare_detections(
-    detector: ExportableDetector,
-    expected: list[np.ndarray],
+    candidates: list[np.ndarray],
+    boxes: np.ndarray,
     actual: list[np.ndarray],
     size: np.ndarray,
+    count: int,
 ) -> Differences:
-    """``expected``: logits (Q, K) and boxes (Q, 4); ``actual``: scores, labels, boxes of R."""
+    """``candidates``: scores, labels and queries of all possible detections, the best first, of
+    which ``count`` are kept; ``boxes`` (Q, 4) of all queries; ``actual``: scores, labels, boxes."""
     height, width = size
-    logits, boxes = expected
-    scores = 1 / (1 + np.exp(-logits.reshape(-1)))
-    labels = np.tile(np.arange(logits.shape[1]), len(logits))
+    scores, labels, queries = candidates
     center, extent = boxes[:, :2], boxes[:, 2:]
     corners = np.concatenate((center - extent / 2, center + extent / 2), axis=1)
-    corners = (corners * [width, height, width, height]).repeat(logits.shape[1], axis=0)
+    corners = (corners * [width, height, width, height])[queries]
 
-    best = np.sort(scores)[::-1][: detector.model.num_detections]
+    best = scores[:count]
     if len(best) != len(actual[0]):
         return Differences(np.inf, np.inf)
     by_rank = np.abs(best - actual[0]).max()
-    # Far below the lowest score, no pair of query and class can be a detection.
+    # Far below the lowest score, no candidate can be a detection.
     likely = scores > best[-1] - 0.01
     by_score = np.abs(actual[0][:, None] - scores[likely])
     by_score[actual[1][:, None] != labels[likely]] = 1.0

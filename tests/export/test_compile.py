@@ -32,8 +32,9 @@ def assert_same(results, expected):
         )
 
 
-def test_one_graph_without_breaks_for_images_of_many_sizes(build):
-    model = build("deformable_detr_single_scale")
+@pytest.mark.parametrize("variant", ["deformable_detr_single_scale", "detr"])
+def test_one_graph_without_breaks_for_images_of_many_sizes(variant, build):
+    model = build(variant)
     batches = [make_batch(size, (100, 90)) for size in SIZES]
     with torch.no_grad():
         expected = [model(batch) for batch in batches]

@@ -8,10 +8,10 @@ from ddetr_d2.export import ExportableDetector
 from ddetr_d2.export.formats import write_onnx
 from ddetr_d2.export.verify import load_onnx
 
-from ..conftest import VARIANTS
+from ..conftest import MEMBERS
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MEMBERS)
 def test_same_detections(variant, build, check, tmp_path):
     model, path = build(variant), str(tmp_path / "model.onnx")
     write_onnx(ExportableDetector(model), path, {})

@@ -22,6 +22,11 @@ def test_same_detections(variant, build, check):
     check(model, program.module())
 
 
+def test_detr(build, check):
+    model = build("detr")
+    check(model, export_program(ExportableDetector(model)).module())
+
+
 def test_file_of_standard_operators(build, check, tmp_path):
     model, path = build("deformable_detr_single_scale"), str(tmp_path / "model.pt2")
     metadata = {"class_names": ["cat", "鳥"], "preprocess": False}

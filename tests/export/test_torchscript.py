@@ -7,13 +7,13 @@ from ddetr_d2.export import ExportableDetector
 from ddetr_d2.export.formats import write_torchscript
 from ddetr_d2.export.verify import load_torchscript
 
-from ..conftest import VARIANTS
+from ..conftest import MEMBERS
 
 GATHER = "deformable_detr_refine_two_stage"
 
 
 @pytest.mark.parametrize(
-    "variant, sampling", [*((variant, "grid_sample") for variant in VARIANTS), (GATHER, "gather")]
+    "variant, sampling", [*((variant, "grid_sample") for variant in MEMBERS), (GATHER, "gather")]
 )
 def test_same_detections(variant, sampling, build, check, tmp_path):
     model, path = build(variant), str(tmp_path / "model.ts")
