@@ -24,7 +24,8 @@ from pathlib import Path
 from convergence_curves import Curve
 from convergence_figures import draw
 from convergence_members import ABLATION, DEFAULT, MEMBERS, check_members
-from convergence_runs import CONFIG_FILE, Comparison, Run, Settings, run_all
+from convergence_runs import CONFIG_FILE, Comparison, Run, run_all
+from convergence_settings import Settings
 from convergence_tables import Results, write_tables
 
 from ddetr_d2.engine import setup_cfg
@@ -166,10 +167,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = replace(settings, iterations=args.iterations)
     folder = args.output or Path("output/convergence_quick" if args.quick else "output/convergence")
     comparison = Comparison(folder, settings)
-    progress = Progress(comparison, members, seeds, "ablation" if args.ablation else "convergence")
     if not args.draw_only:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs are stopped on the way out
         comparison.prepare(range(seeds))
+    progress = Progress(comparison, members, seeds, "ablation" if args.ablation else "convergence")
+    if not args.draw_only:
         try:
             run_all(comparison, members, seeds, args.jobs, progress.after_run)
         except KeyboardInterrupt:

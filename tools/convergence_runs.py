@@ -1,5 +1,6 @@
 """The training runs of a comparison: which there are, in which order, and what they have found."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from convergence_backbone import train_backbone
 from convergence_curves import Curve, read_curve
 from convergence_members import MEMBERS
+from convergence_settings import MAY_CHANGE, Settings
 
 from ddetr_d2.checkpoint.whole_files import whole_file
 from ddetr_d2.data.shapes import SPLITS
@@ -22,66 +24,6 @@ from ddetr_d2.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG_FILE = ROOT / "configs" / "convergence.yaml"
 PROGRAM = ROOT / "tools" / "convergence_training.py"
-# When a run is evaluated, in intervals: densely at first, then ever less so.
-_EVALUATIONS = (*range(1, 11), *range(12, 21, 2), *range(25, 51, 5), *range(60, 1001, 10))
-# Settings that may change from one call to the next: runs that are there already are continued.
-_MAY_CHANGE = ("iterations", "baseline_factor")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all runs of a folder have in common.
-
-    Attributes:
-        iterations: training steps of each member; there has to be an evaluation after them.
-        baseline_factor: how many times as many the baseline trains.
-        interval: iterations from one evaluation to the next at the start.
-        rates: learning rates of the search, ascending; one alone is taken without a search.
-        search_iterations: training steps of each run of the search.
-        baseline_search_factor: how many times as many they are for the baseline.
-        train_images: number of training images.
-        val_images: number of images that are evaluated on.
-        image_size: width and height of the images in pixels.
-        max_objects: most objects in an image.
-        backbone_steps: of the training of the backbone.
-    """
-
-    iterations: int = 1000
-    baseline_factor: int = 10
-    interval: int = 100
-    rates: tuple[float, ...] = (0.0001, 0.0003, 0.001)
-    search_iterations: int = 400
-    baseline_search_factor: int = 10
-    train_images: int = 4000
-    val_images: int = 250
-    image_size: int = 256
-    max_objects: int = 3
-    backbone_steps: int = 300
-
-    def __post_init__(self) -> None:
-        times = [self.interval * count for count in _EVALUATIONS]
-        for iterations in (self.iterations, self.iterations * self.baseline_factor):
-            if iterations not in times:
-                below = [i for i in times if i < iterations][-1:]
-                above = [i for i in times if i > iterations][:1]
-                raise UserError(
-                    f"there is no evaluation after {iterations} iterations, only after "
-                    f"{' and '.join(map(str, below + above))}: give another --iterations."
-                )
-
-    def budget(self, member: str) -> int:
-        """Iterations that ``member`` trains."""
-        return self.iterations * (self.baseline_factor if MEMBERS[member].is_baseline else 1)
-
-    def search_budget(self, member: str) -> int:
-        """Iterations of each run of the search for ``member``."""
-        factor = self.baseline_search_factor if MEMBERS[member].is_baseline else 1
-        return self.search_iterations * factor
-
-    def evaluations(self, iterations: int) -> list[int]:
-        """When a run of so many iterations is evaluated."""
-        times = (self.interval * count for count in _EVALUATIONS)
-        return [i for i in times if i <= iterations]
 
 
 @dataclass(frozen=True)
@@ -136,12 +78,27 @@ class Comparison:
         return run.iterations in self.curve(run).iterations
 
     def search(self, member: str) -> list[Run]:
-        """The runs that choose the learning rate of ``member``; none where there is no choice."""
+        """The runs that choose the learning rate of ``member``; none where there is no choice.
+
+        While the best rate is the highest or the lowest one, a further one is added beyond it.
+        """
         member = MEMBERS[member].rate_of or member
-        if len(self.settings.rates) == 1:
+        rates = self.settings.rates
+        if len(rates) == 1:
             return []
         iterations = self.settings.search_budget(member)
-        return [Run(member, rate, 0, iterations) for rate in self.settings.rates]
+        for extensions in itertools.count():
+            runs = [Run(member, rate, 0, iterations) for rate in rates]
+            found = [self.curve(run).at("AP", iterations) for run in runs]
+            if None in found or extensions == self.settings.search_extensions:
+                return runs
+            best = found.index(max(found))
+            if best == 0:
+                rates = (_one_digit(rates[0] ** 2 / rates[1]), *rates)
+            elif best == len(rates) - 1:
+                rates = (*rates, _one_digit(rates[-1] ** 2 / rates[-2]))
+            else:
+                return runs
 
     def rate(self, member: str) -> float | None:
         """Learning rate of ``member``: the one of the highest AP, None while that is unknown."""
@@ -245,9 +202,14 @@ class Comparison:
         ]
 
 
+def _one_digit(value: float) -> float:
+    """``value``, rounded to its first digit."""
+    return float(f"{value:.0e}")
+
+
 def _check_same(old: dict, new: dict, folder: Path) -> None:
     for key in new:
-        if old.get(key) == new[key] or key in _MAY_CHANGE:
+        if old.get(key) == new[key] or key in MAY_CHANGE:
             continue
         if key == "config":
             raise UserError(

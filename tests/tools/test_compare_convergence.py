@@ -24,7 +24,8 @@ import convergence_runs  # noqa: E402
 from convergence_backbone import cut_objects  # noqa: E402
 from convergence_curves import read_curve  # noqa: E402
 from convergence_members import MEMBERS  # noqa: E402
-from convergence_runs import Comparison, Run, Settings, run_all  # noqa: E402
+from convergence_runs import Comparison, Run, run_all  # noqa: E402
+from convergence_settings import Settings  # noqa: E402
 from convergence_tables import as_markdown  # noqa: E402
 
 TINY = Settings(
@@ -33,6 +34,7 @@ TINY = Settings(
     interval=10,
     rates=(0.001, 0.01),
     search_iterations=30,
+    search_extensions=0,
     baseline_search_factor=2,
     train_images=8,
     val_images=4,
@@ -85,6 +87,22 @@ def test_search_first_then_a_seed_of_all_members_then_the_next(tmp_path):
     ]
     # The whole run goes on from the run of the search.
     assert ready[0].name == "detr/rate-0.001/seed-0"
+
+
+def test_search_goes_on_beyond_the_highest_and_the_lowest_rate(tmp_path):
+    settings = replace(TINY, rates=(0.0003, 0.001), search_extensions=2)
+    comparison = Comparison(tmp_path, settings)
+    aps = {0.0001: 2.0, 0.0003: 3.0, 0.001: 4.0, 0.003: 5.0, 0.009: 4.5}
+    tried = []
+    while not comparison.full_run("deformable", 0):
+        for run in comparison.todo(["deformable"], seeds=1)[0]:
+            write_metrics(comparison, run, {30: aps[run.rate]})
+            tried.append(run.rate)
+    assert tried == [0.0003, 0.001, 0.003, 0.009]
+    assert comparison.rate("deformable") == 0.003
+    for run in comparison.search("detr"):
+        write_metrics(comparison, run, {60: -run.rate})
+    assert [run.rate for run in comparison.search("detr")] == [0.00009, 0.0003, 0.001]
 
 
 def test_members_of_the_ablation_take_over_a_rate(tmp_path):
