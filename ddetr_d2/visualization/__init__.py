@@ -1,5 +1,6 @@
 """Pictures of what the detector does."""
 
+from .detections import draw_detections
 from .drawing import SamplingPanel, draw_sampling
 from .heat_map import HeatMap
 from .labels import set_label_fonts
@@ -12,6 +13,7 @@ __all__ = [
     "SamplingPanel",
     "SamplingPoints",
     "check_pixel",
+    "draw_detections",
     "draw_sampling",
     "set_label_fonts",
 ]

@@ -100,7 +100,9 @@ def _draw_box(axes: Axes, box: tuple[float, float, float, float]) -> None:
 
 def _draw_heat_map(axes: Axes, image: np.ndarray, panel: SamplingPanel) -> None:
     height, width = image.shape[:2]
-    _draw_image(axes, image, 0, 0, width, height)
+    # Without its own colours, which would mix with those of the weights.
+    grey = np.asarray(Image.fromarray(image).convert("L").convert("RGB"))
+    _draw_image(axes, grey, 0, 0, width, height)
     covered_width, covered_height = panel.points.size
     weights = panel.points.weights.numpy()
     share = weights / weights.max()
