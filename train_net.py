@@ -18,6 +18,7 @@ from detectron2.utils.logger import setup_logger
 from ddetr_d2.checkpoint import newest_checkpoint, read_class_names
 from ddetr_d2.data import coco_set, infer_num_classes, register_datasets
 from ddetr_d2.data.report import short_report
+from ddetr_d2.detector import configure as detector_of
 from ddetr_d2.engine import Trainer, setup_cfg
 from ddetr_d2.engine.launch import launch
 from ddetr_d2.engine.layout import launch_argument_parser
@@ -29,9 +30,12 @@ from ddetr_d2.modeling import prepare_for_inference
 
 def configure(args: argparse.Namespace) -> CfgNode:
     """The configuration, before the data sets are looked at."""
-    if not args.config_file:
+    if args.config_file:
+        cfg = setup_cfg(args.config_file, args.opts)
+    elif args.eval_only:
+        cfg = detector_of(opts=args.opts).cfg
+    else:
         raise UserError("--config-file is missing; give one, such as configs/deformable_detr.yaml.")
-    cfg = setup_cfg(args.config_file, args.opts)
     if args.num_processes and cfg.MODEL.DEVICE.startswith("cuda"):
         raise UserError("--num-processes is for CPUs: set MODEL.DEVICE cpu, or give --num-gpus.")
     if args.eval_only:

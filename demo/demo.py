@@ -3,8 +3,7 @@
 
 ::
 
-    python demo/demo.py --config-file configs/deformable_detr.yaml --input photos/ \\
-        --output drawings/ --opts MODEL.WEIGHTS model_final.pth
+    python demo/demo.py --input photos/ --output drawings/ --opts MODEL.WEIGHTS model_final.pth
 
 Exit code: 0; 1 if an input could not be read and was skipped; 2 for a mistake in the arguments.
 """
@@ -17,11 +16,11 @@ from collections.abc import Sequence
 from detectron2.utils.logger import setup_logger
 from files import find_images, name_drawings, name_samplings, name_video
 from images import run_on_images
-from predictor import load_model
 from sampling import SamplingRequest, parse_pixels
 from video import run_on_video
 from window import check_windows
 
+from ddetr_d2 import Detector
 from ddetr_d2.errors import UserError, exit_on_user_error
 
 SAMPLING_DETECTIONS = 4
@@ -30,7 +29,12 @@ SAMPLING_DETECTIONS = 4
 def get_parser() -> argparse.ArgumentParser:
     """The program's arguments, named as in Detectron2's demo."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="configuration file")
+    parser.add_argument(
+        "--config-file",
+        default="",
+        metavar="FILE",
+        help="configuration file (default: what the weights tell of theirs)",
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--input", nargs="+", metavar="PATH", help="image files, globs such as 'a/*.jpg', folders"
@@ -121,13 +125,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     setup_logger(name="fvcore")
     setup_logger(name="ddetr_d2")
-    predictor, metadata = load_model(args.config_file, args.opts)
+    detector = Detector(config=args.config_file, opts=args.opts, array_format="BGR")
     if not args.input:
-        run_on_video(predictor, metadata, source or 0, output, args.confidence_threshold)
+        run_on_video(detector, source or 0, output, args.confidence_threshold)
         return 0
-    unreadable = run_on_images(
-        predictor, metadata, images, drawings, args.confidence_threshold, sampling
-    )
+    unreadable = run_on_images(detector, images, drawings, args.confidence_threshold, sampling)
     if drawings is not None:
         print(f"{len(images) - unreadable} drawings in {os.path.dirname(drawings[0]) or '.'}")
     if unreadable or problems:

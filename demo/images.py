@@ -1,49 +1,23 @@
 """Detections on image files."""
 
 import contextlib
-import math
 import sys
 import time
 from collections.abc import Sequence
 
-import numpy as np
-from detectron2.data.catalog import Metadata
-from detectron2.structures import Instances
-from detectron2.utils.visualizer import ColorMode, Visualizer
 from files import write_image
-from predictor import Predictor, detect
 from sampling import SamplingRequest
 from tqdm import tqdm
 from window import show
 
+from ddetr_d2 import Detector
 from ddetr_d2.data import read_image
 from ddetr_d2.errors import UserError
-from ddetr_d2.visualization import AttentionRecorder, draw_sampling, set_label_fonts
-
-# Smaller images are enlarged to this length of the longer side before labels are drawn.
-MIN_DRAWING_SIZE = 800  # pixels
-MIN_FONT_SIZE = 14  # points; labels of small objects get 0.6 of it
-
-
-def draw(image: np.ndarray, instances: Instances, metadata: Metadata) -> np.ndarray:
-    """Draw detections on an (H, W, 3) BGR image, enlarged to where labels can be read.
-
-    Returns:
-        (s * H, s * W, 3) BGR with an integer s >= 1.
-    """
-    scale = min(10, math.ceil(MIN_DRAWING_SIZE / max(image.shape[:2])))
-    # In this mode a class has a colour of its own.
-    visualizer = Visualizer(image[:, :, ::-1], metadata, scale, ColorMode.SEGMENTATION)
-    # Detectron2's smallest size is too small to read on an object of few pixels.
-    visualizer._default_font_size = max(visualizer._default_font_size, MIN_FONT_SIZE / scale)
-    drawing = visualizer.draw_instance_predictions(instances)
-    set_label_fonts(drawing.ax.texts)
-    return drawing.get_image()[:, :, ::-1]
+from ddetr_d2.visualization import AttentionRecorder, draw_sampling
 
 
 def run_on_images(
-    predictor: Predictor,
-    metadata: Metadata,
+    detector: Detector,
     images: Sequence[str],
     drawings: Sequence[str] | None,
     threshold: float,
@@ -52,8 +26,7 @@ def run_on_images(
     """Detect on each image; write the drawing, or show it if ``drawings`` is None.
 
     Args:
-        predictor: the detector.
-        metadata: names and colours of its classes.
+        detector: takes arrays as BGR.
         images: files to detect on.
         drawings: a file for each drawing.
         threshold: lowest score that is drawn.
@@ -70,16 +43,17 @@ def run_on_images(
             tqdm.write(f"skipped: {error}", file=sys.stderr)
             unreadable += 1
             continue
-        recorder = AttentionRecorder(predictor.model) if sampling else None
+        recorder = AttentionRecorder(detector.model) if sampling else None
         start = time.perf_counter()
         with recorder or contextlib.nullcontext():
-            instances = detect(predictor, image, threshold)
+            instances = detector(image)
         seconds = time.perf_counter() - start
+        instances = instances[instances.scores >= threshold]
         message = f"{path}: {len(instances)} detections in {seconds:.2f} s"
-        pictures = [draw(image, instances, metadata)]
+        pictures = [detector.draw(image, instances, threshold)[:, :, ::-1]]
         files = [] if drawings is None else [drawings[index]]
         if sampling:
-            panels = sampling.panels(recorder, instances, metadata)
+            panels = sampling.panels(recorder, instances, detector.metadata)
             if panels:
                 pictures.append(draw_sampling(image[:, :, ::-1], panels)[:, :, ::-1])
                 if sampling.files:

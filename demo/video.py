@@ -4,19 +4,17 @@ from collections.abc import Iterator
 
 import cv2
 import numpy as np
-from detectron2.data.catalog import Metadata
 from detectron2.utils.video_visualizer import VideoVisualizer
-from predictor import Predictor, detect
 from tqdm import tqdm
 from window import show
 
+from ddetr_d2 import Detector
 from ddetr_d2.errors import UserError
 from ddetr_d2.visualization import set_label_fonts
 
 
 def run_on_video(
-    predictor: Predictor,
-    metadata: Metadata,
+    detector: Detector,
     source: str | int,
     output: str | None,
     threshold: float,
@@ -27,11 +25,12 @@ def run_on_video(
     if not video.isOpened():
         raise UserError(f"cannot open {name}; check that it exists and is in a known format.")
     number = None if isinstance(source, int) else int(video.get(cv2.CAP_PROP_FRAME_COUNT)) or None
-    visualizer = VideoVisualizer(metadata)
+    visualizer = VideoVisualizer(detector.metadata)
     writer = None
     try:
         for frame in tqdm(_frames(video), total=number, unit="frame"):
-            instances = detect(predictor, frame, threshold)
+            instances = detector(frame)
+            instances = instances[instances.scores >= threshold]
             drawing = visualizer.draw_instance_predictions(frame[:, :, ::-1], instances)
             set_label_fonts(drawing.ax.texts)
             drawing = np.ascontiguousarray(drawing.get_image()[:, :, ::-1])

@@ -14,16 +14,16 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
+from ddetr_d2 import Detector
 from ddetr_d2.checkpoint import DetrCheckpointer
 from ddetr_d2.engine import setup_cfg
 from ddetr_d2.errors import UserError, exit_on_user_error
+from ddetr_d2.visualization import draw_detections
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "demo"))  # as Python does for the program
 
 import files as files_of_the_demo  # noqa: E402
-import images  # noqa: E402
-import predictor  # noqa: E402
 import window  # noqa: E402
 
 import demo  # noqa: E402
@@ -214,8 +214,7 @@ def test_kinds_of_images(arguments, tmp_path, monkeypatch, mode, values):
     assert image.mode == mode
     image.save(tmp_path / "image.png")
     seen = []
-    monkeypatch.setattr(demo, "load_model", lambda *_: (None, Metadata()))
-    monkeypatch.setattr(images, "detect", lambda _, image, __: seen.append(image) or no_instances())
+    monkeypatch.setattr(demo, "Detector", stand_in(seen=seen))
 
     output = tmp_path / "drawing.png"
     assert demo.main(arguments("--input", tmp_path / "image.png", "--output", output)) == 0
@@ -227,74 +226,46 @@ def test_exif_rotation(arguments, tmp_path, monkeypatch):
     exif[0x0112] = 6  # to be turned by 90 degrees
     Image.new("RGB", (30, 20)).save(tmp_path / "image.jpg", exif=exif)
     seen = []
-    monkeypatch.setattr(demo, "load_model", lambda *_: (None, Metadata()))
-    monkeypatch.setattr(images, "detect", lambda _, image, __: seen.append(image) or no_instances())
+    monkeypatch.setattr(demo, "Detector", stand_in(seen=seen))
 
     demo.main(arguments("--input", tmp_path / "image.jpg", "--output", tmp_path / "out.jpg"))
     assert seen[0].shape == (30, 20, 3)
 
 
-def no_instances():
-    return Instances((20, 30), pred_boxes=Boxes(torch.zeros(0, 4)), scores=torch.zeros(0))
+def stand_in(metadata=None, instances=None, seen=None):
+    """A class of detectors that notes the images and gives the same instances for each."""
 
+    class StandIn(Detector):
+        def __init__(self, **_):
+            self.metadata = metadata or Metadata()
 
-def test_class_names_of_the_checkpoint(files):
-    _, metadata = predictor.load_model(
-        str(files / "config.yaml"), ["MODEL.WEIGHTS", str(files / "named.pth")]
-    )
-    assert metadata.thing_classes == NAMES
+        def __call__(self, image):
+            if seen is not None:
+                seen.append(image)
+            return Instances(image.shape[:2], **fields) if instances is None else instances
 
+        def draw(self, image, instances, threshold):
+            return draw_detections(image, instances, self.metadata)
 
-def test_class_names_of_detectron2s_data_set(files, monkeypatch):
-    monkeypatch.setattr(predictor, "Predictor", lambda cfg: cfg)  # COCO's 80 classes do not fit
-    cfg, metadata = predictor.load_model(
-        str(files / "config.yaml"),
-        ["MODEL.WEIGHTS", str(files / "nameless.pth"), "DATASETS.TEST", "('coco_2017_val',)"],
-    )
-    assert metadata.thing_classes[:2] == ["person", "bicycle"]
-    assert cfg.MODEL.DEFORMABLE_DETR.NUM_CLASSES == 80
-
-
-def test_without_class_names_the_number_is_needed(files):
-    opts = ["MODEL.WEIGHTS", str(files / "nameless.pth")]
-    with pytest.raises(UserError, match="NUM_CLASSES"):
-        predictor.load_model(str(files / "config.yaml"), opts)
-    opts += ["MODEL.DEFORMABLE_DETR.NUM_CLASSES", "3"]
-    _, metadata = predictor.load_model(str(files / "config.yaml"), opts)
-    assert metadata.get("thing_classes") is None
-
-
-def test_labels_say_class_and_score(monkeypatch):
-    labels = []
-    monkeypatch.setattr(
-        images.Visualizer, "draw_text", lambda self, text, *_, **__: labels.append(text)
-    )
-    instances = Instances(
-        (40, 60),
-        pred_boxes=Boxes(torch.tensor([[5.0, 5.0, 25.0, 30.0]])),
-        scores=torch.tensor([0.87]),
-        pred_classes=torch.tensor([0]),
-    )
-    metadata = Metadata(thing_classes=NAMES, thing_colors=[[255, 0, 0]] * 3)
-    drawing = images.draw(np.zeros((40, 60, 3), np.uint8), instances, metadata)
-    assert labels == ["RBC 87%"]
-    assert drawing.shape[1] >= images.MIN_DRAWING_SIZE / 2
-    assert drawing.max() > 0
+    fields = {
+        "pred_boxes": Boxes(torch.zeros(0, 4)),
+        "scores": torch.zeros(0),
+        "pred_classes": torch.zeros(0, dtype=torch.int64),
+    }
+    return StandIn
 
 
 @pytest.mark.parametrize("video", [False, True])
 def test_class_names_in_any_script(arguments, tmp_path, monkeypatch, video):
     """Matplotlib warns of letters that it has no font for."""
     metadata = Metadata(thing_classes=["三角形"], thing_colors=[[255, 0, 0]])
-    monkeypatch.setattr(demo, "load_model", lambda *_: (None, metadata))
     instances = Instances(
         (40, 60),
         pred_boxes=Boxes(torch.tensor([[5.0, 5.0, 25.0, 30.0]])),
         scores=torch.tensor([0.87]),
         pred_classes=torch.tensor([0]),
     )
-    for module in (images, sys.modules["video"]):
-        monkeypatch.setattr(module, "detect", lambda *_: instances)
+    monkeypatch.setattr(demo, "Detector", stand_in(metadata, instances))
     if video:
         source = tmp_path / "clip.avi"
         writer = cv2.VideoWriter(str(source), cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 48))

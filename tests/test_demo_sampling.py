@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.data.catalog import Metadata
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from PIL import Image
@@ -247,7 +248,7 @@ def test_a_query_with_several_classes_is_shown_once(build):
         pred_classes=torch.tensor([2, 1, 0]),
         queries=torch.tensor([4, 4, 3]),
     )
-    metadata = images.Metadata(thing_classes=["RBC", "WBC", "Platelets"])
+    metadata = Metadata(thing_classes=["RBC", "WBC", "Platelets"])
     panels = SamplingRequest(5, [(7, 9)], None).panels(recorder, chosen, metadata)
     assert [p.title for p in panels] == [
         "decoder: Platelets 90%",
@@ -255,7 +256,7 @@ def test_a_query_with_several_classes_is_shown_once(build):
         "encoder: pixel 7,9",
     ]
     assert panels[1].box == (2, 2, 8, 8) and panels[2].box == (0, 0, 16, 16)
-    assert len(SamplingRequest(1, [], None).panels(recorder, chosen, images.Metadata())) == 1
+    assert len(SamplingRequest(1, [], None).panels(recorder, chosen, Metadata())) == 1
 
 
 @pytest.fixture

@@ -54,6 +54,12 @@ def test_train_resume_and_evaluate(train_net, shapes_opts, tmp_path):
     assert evaluated.returncode == 0, evaluated.stderr
     assert ap(evaluated.stdout) == ap(resumed.stdout)
 
+    # The checkpoint brings its configuration, data sets included.
+    by_itself = train_net("--eval-only", *weights, "OUTPUT_DIR", str(tmp_path / "again"))
+    assert by_itself.returncode == 0, by_itself.stderr
+    assert by_itself.stdout.count("copypaste") == evaluated.stdout.count("copypaste")
+    assert ap(by_itself.stdout) == ap(evaluated.stdout)
+
 
 def test_amp_on_the_cpu(train_net, shapes_opts, tmp_path):
     run = train_net(

@@ -12,7 +12,6 @@ Detectron2, torchvision and timm. What is written is read again before it gets i
 """
 
 import argparse
-import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -28,18 +27,14 @@ from ddetr_d2.checkpoint.architecture import (
     NUM_HEADS,
     as_arguments,
     built_options,
-    differences,
-    infer_options,
     num_classes,
-    variant,
 )
 from ddetr_d2.checkpoint.files import local_path
 from ddetr_d2.checkpoint.formats import Weights, read_weights, to_contiguous
 from ddetr_d2.checkpoint.writing import Output, to_reference, write_checkpoint, write_transformers
+from ddetr_d2.detector import nearest_configuration, value_of
 from ddetr_d2.engine import setup_cfg
 from ddetr_d2.errors import UserError, exit_on_user_error
-
-CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -80,22 +75,11 @@ def configure(weights: Weights, config_file: str | None) -> tuple[CfgNode, str]:
     Returns:
         the configuration; arguments of train_net.py and demo.py that give the same.
     """
-    options = infer_options(weights.model, weights.options)
-    name = f"{variant(options)}.yaml"
-    path = config_file or os.path.join(CONFIGS, name)
-    arguments = f"--config-file {config_file or os.path.join('configs', name)}"
-    given = setup_cfg(path, ["MODEL.DEVICE", "cpu"])
-    if config_file:  # its own word, but for the classes
-        told = {CLASS_LOSS: _value(given, CLASS_LOSS)} | weights.options
-        options = {NUM_CLASSES: num_classes(weights.model, told)}
-    changed = differences(options, {key: _value(given, key) for key in options})
+    path, changed = nearest_configuration(weights, config_file or "")
     cfg = setup_cfg(path, ["MODEL.DEVICE", "cpu", *map(str, sum(changed.items(), ()))])
     changed.pop(NUM_CLASSES, None)  # comes with the class names
-    return cfg, f"{arguments} {as_arguments(changed)}".rstrip()
-
-
-def _value(cfg: CfgNode, key: str) -> Any:
-    return functools.reduce(getattr, key.split("."), cfg)
+    shown = config_file or os.path.join("configs", os.path.basename(path))
+    return cfg, f"--config-file {shown} {as_arguments(changed)}".rstrip()
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -133,7 +117,7 @@ def convert(args: argparse.Namespace) -> None:
     deciding = [NUM_HEADS, CLASS_LOSS, *([DILATION] if single_scale else [])]
     untold = [key for key in deciding if key not in weights.options]
     if untold and not args.config_file:
-        assumed = {key: _value(cfg, key) for key in untold}
+        assumed = {key: value_of(cfg, key) for key in untold}
         print(f"assumed: {as_arguments(assumed)}; if not so, give --config-file")
 
     checkpointer = DetrCheckpointer(build_model(cfg), strict=True)

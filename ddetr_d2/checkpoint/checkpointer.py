@@ -55,6 +55,7 @@ class DetrCheckpointer(DetectionCheckpointer):
         class_names: list[str] | None = None,
         strict: bool = False,
         keep: int = 0,
+        config: str = "",
         **kwargs: Any,
     ):
         """
@@ -64,6 +65,7 @@ class DetrCheckpointer(DetectionCheckpointer):
             class_names: written into each checkpoint as ``class_names``.
             strict: every parameter must be in the file, as evaluation needs it.
             keep: how many periodic checkpoints of the run to keep, the newest ones; 0 for all.
+            config: text of the configuration, written into each checkpoint.
             kwargs: see :class:`DetectionCheckpointer`: what to save beside the model, by name,
                 each with ``state_dict()`` and ``load_state_dict()``. States hold tensors and plain
                 values only; reading others back is refused.
@@ -75,6 +77,7 @@ class DetrCheckpointer(DetectionCheckpointer):
         self.class_names = class_names
         self.strict = strict
         self.keep = keep
+        self.config = config
         self.resumed_from = ""
         self._periodic: list[str] = []  # checkpoints that this run has written
         self._source = ""
@@ -103,6 +106,8 @@ class DetrCheckpointer(DetectionCheckpointer):
         content = {"model": self.model.state_dict()}
         content |= {key: item.state_dict() for key, item in self.checkpointables.items()}
         content |= {"options": built_options(self.model), "periodic_checkpoints": periodic}
+        if self.config:
+            content["config"] = self.config
         if self.class_names:
             content["class_names"] = list(self.class_names)
         logging.getLogger(__name__).info(f"Saving checkpoint to {path}")

@@ -26,14 +26,34 @@ def setup_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     Raises:
         UserError: if a file is missing or no YAML, or a key or a value is wrong.
     """
+    content = _read_yaml(config_file) if config_file else {}
+    return _configuration(content, config_file, opts)
+
+
+def saved_cfg(text: str, source: str, opts: Sequence[str] = ()) -> CfgNode:
+    """The configuration that a file was written with, on the device that is here.
+
+    Args:
+        text: what ``cfg.dump()`` gave.
+        source: the file it is from, for messages.
+        opts: alternating keys and values that override it.
+
+    Raises:
+        UserError: a key is unknown here, or a key or a value of ``opts`` is wrong.
+    """
+    content = yaml.safe_load(text)
+    content["MODEL"].pop("DEVICE", None)
+    return _configuration(content, source, opts)
+
+
+def _configuration(content: dict[str, Any], source: str, opts: Sequence[str]) -> CfgNode:
     cfg = get_cfg()
     add_deformable_detr_config(cfg)
-    if config_file:
-        _check_keys(_read_yaml(config_file), cfg, config_file)
-        try:
-            cfg.merge_from_file(config_file)
-        except (AssertionError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{config_file}: {_text(error)}") from error
+    _check_keys(content, cfg, source)
+    try:
+        cfg.merge_from_other_cfg(CfgNode(content))
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{source}: {_text(error)}") from error
     _merge_options(cfg, list(opts))
     if cfg.MODEL.META_ARCHITECTURE not in META_ARCHITECTURES:
         raise UserError(

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
-    """Trains and evaluates :class:`ddetr_d2.modeling.DeformableDETR`.
+    """Trains and evaluates a :class:`ddetr_d2.modeling.SetDetector`.
 
     :meth:`train` is the loop, :class:`TrainingStep` what happens in each of its steps. A run that
     was interrupted and resumed is the same run as one that was not: see :meth:`save`.
@@ -303,14 +303,19 @@ class Trainer(DefaultTrainer):
 
     @staticmethod
     def build_checkpointer(cfg: CfgNode, model: nn.Module, **kwargs) -> DetrCheckpointer:
-        """Checkpointer in OUTPUT_DIR that writes the names of the model's classes."""
+        """Checkpointer in OUTPUT_DIR that writes the names of the model's classes and ``cfg``."""
         classes = None
         for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)[:1]:
             found = coco_set(name)
             known = MetadataCatalog.get(name).get("thing_classes")
             classes = found.class_names if found else known
         return DetrCheckpointer(
-            model, cfg.OUTPUT_DIR, class_names=classes, keep=cfg.SOLVER.CHECKPOINTS_KEPT, **kwargs
+            model,
+            cfg.OUTPUT_DIR,
+            class_names=classes,
+            keep=cfg.SOLVER.CHECKPOINTS_KEPT,
+            config=cfg.dump(),
+            **kwargs,
         )
 
     @classmethod
