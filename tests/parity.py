@@ -156,8 +156,7 @@ def randomise(model: nn.Module, seed: int) -> None:
 
 def results_here(model: SetDetector, batch: Batch) -> Results:
     layers, proposals = model.predict(batch.images, batch.padding_mask)
-    num_boxes = sum(len(target.labels) for target in batch.targets)
-    losses = model.criterion(layers, proposals, batch.targets, num_boxes)
+    losses = model.criterion(layers, proposals, batch.targets)
     sum(losses.values()).backward()
     predictions = {}
     for name, prediction in [*enumerate(layers), ("proposals", proposals)]:

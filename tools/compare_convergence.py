@@ -32,9 +32,7 @@ from ddetr_d2.engine import setup_cfg
 from ddetr_d2.errors import UserError, exit_on_user_error
 
 QUICK_MEMBERS = ("detr", "deformable-single-scale", "deformable-refine")
-QUICK = Settings(
-    iterations=600, baseline_factor=5, rates=(0.001,), train_images=2000, backbone_steps=300
-)
+QUICK = Settings(iterations=600, baseline_factor=5, rates=(), train_images=2000, backbone_steps=200)
 
 
 def collect(comparison: Comparison, members: Sequence[str], seeds: int) -> Results:

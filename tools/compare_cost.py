@@ -43,7 +43,7 @@ ASPECT = 4 / 3
 # Share of the free memory that a size may take as predicted from the smaller ones.
 MEMORY_SHARE = 0.6
 # Conditions without which earlier figures are not kept.
-COMPARABLE = ("device", "instructions", "threads", "torch", "options", "repetitions")
+COMPARABLE = ("device", "instructions", "threads", "torch", "options")
 
 
 def predicted(sizes: Sequence[float], values: Sequence[float], size: float) -> float | None:
@@ -296,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(arguments)
     folder = check(args)
     torch.set_num_threads(args.threads)
-    machine = environment(args.device) | {"options": args.opts, "repetitions": args.repetitions}
+    machine = environment(args.device) | {"options": args.opts}
     path = folder / "cost.json"
     earlier = read(path, machine)
     comparison = Comparison(args.device, args.repetitions, args.minutes, args.opts)

@@ -21,17 +21,21 @@ class Member:
         label: what tables and pictures call it.
         options: configuration keys and values.
         rate_of: the member whose learning rate it takes over; empty for a search of its own.
+        rate: learning rate where there is no search: what one has found (docs/convergence.md).
         is_baseline: it trains for more iterations than the others.
     """
 
     label: str
     options: dict[str, Any] = field(default_factory=dict)
     rate_of: str = ""
+    rate: float = 0.001
     is_baseline: bool = False
 
 
 MEMBERS = {
-    "detr": Member("DETR", {"MODEL.META_ARCHITECTURE": "DETR"} | _ONE_LEVEL, is_baseline=True),
+    "detr": Member(
+        "DETR", {"MODEL.META_ARCHITECTURE": "DETR"} | _ONE_LEVEL, rate=0.0003, is_baseline=True
+    ),
     "deformable-single-scale": Member("Deformable DETR, single scale", _ONE_LEVEL),
     "deformable": Member("Deformable DETR"),
     "deformable-refine": Member("+ box refinement", _REFINE),

@@ -78,13 +78,13 @@ class Comparison:
         return run.iterations in self.curve(run).iterations
 
     def search(self, member: str) -> list[Run]:
-        """The runs that choose the learning rate of ``member``; none where there is no choice.
+        """The runs that choose the learning rate of ``member``; none without a search.
 
         While the best rate is the highest or the lowest one, a further one is added beyond it.
         """
         member = MEMBERS[member].rate_of or member
         rates = self.settings.rates
-        if len(rates) == 1:
+        if not rates:
             return []
         iterations = self.settings.search_budget(member)
         for extensions in itertools.count():
@@ -104,7 +104,7 @@ class Comparison:
         """Learning rate of ``member``: the one of the highest AP, None while that is unknown."""
         runs = self.search(member)
         if not runs:
-            return self.settings.rates[0]
+            return MEMBERS[member].rate
         found = {run.rate: self.curve(run).at("AP", run.iterations) for run in runs}
         if None in found.values():
             return None

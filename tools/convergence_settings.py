@@ -20,7 +20,7 @@ class Settings:
         iterations: training steps of each member; there has to be an evaluation after them.
         baseline_factor: how many times as many the baseline trains.
         interval: iterations from one evaluation to the next at the start.
-        rates: learning rates of the search, ascending; one alone is taken without a search.
+        rates: learning rates of the search, ascending, two or more; none for no search.
         search_iterations: training steps of each run of the search.
         search_extensions: how many further rates the search may try, where the best is the
             highest or the lowest so far.

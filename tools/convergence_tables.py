@@ -104,7 +104,7 @@ def as_markdown(results: Results) -> str:
     parts.append(("AP at the end", _ends(results)))
     for metric in ("AP", "APs"):
         parts.append((f"Iterations to equal {metric}", _equal_ap(results, metric)))
-    if any(len(found) > 1 for found in results.searches.values()):
+    if any(results.searches.values()):
         parts.append(("Search of the learning rate", _search(results)))
     return "\n".join(f"### {title}\n\n{table}\n" for title, table in parts)
 

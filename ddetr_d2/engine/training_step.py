@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from ..modeling.classification import BatchCounts
 from . import heartbeat
 
 Batch = list[dict[str, Any]]
@@ -34,8 +35,8 @@ class TrainingStep:
     boxes, or images, in all of it, so that gradients do not depend on how it is cut.
 
     Attributes:
-        model: gives a dict of losses for a list of mapped records and the numbers of boxes and
-            images that they are divided by.
+        model: gives a dict of losses for a list of mapped records and the counts that they are
+            divided by; it has ``num_queries``.
         optimizer: of its parameters.
         ema: a moving average of the weights, or None.
     """
@@ -86,19 +87,19 @@ class TrainingStep:
             NotFiniteError: a loss or, but for those of scaled losses, a gradient is not finite.
                 Then nothing has been updated.
         """
-        counts = average_counts(micro_batches, self._parameters[0].device)
+        counts = self._counts(micro_batches)
         statistics = [buffer.clone() for buffer in self._statistics]
         self.optimizer.zero_grad()
         names: list[str] = []
         losses = torch.zeros(())
         for number, batch in enumerate(micro_batches, start=1):
             with self._synchronised(number == len(micro_batches)), self._autocast():
-                part = self.model(batch, *counts)
+                part = self.model(batch, counts)
             heartbeat.beat()
             self._scaler.scale(sum(part.values())).backward()
             heartbeat.beat()
             names = list(part)
-            losses = losses.to(counts[0].device) + torch.stack([*part.values()]).detach()
+            losses = losses.to(counts.boxes.device) + torch.stack([*part.values()]).detach()
         self._scaler.unscale_(self.optimizer)
         norm = self._clip(self._parameters)
 
@@ -122,9 +123,9 @@ class TrainingStep:
 
     def forward(self, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
         """The losses alone, of this process."""
-        counts = average_counts(micro_batches, self._parameters[0].device)
+        counts = self._counts(micro_batches)
         with self._autocast():
-            parts = [unwrapped(self.model)(batch, *counts) for batch in micro_batches]
+            parts = [unwrapped(self.model)(batch, counts) for batch in micro_batches]
         return {name: sum(part[name] for part in parts) for name in parts[0]}
 
     def state_dict(self) -> dict[str, Any]:
@@ -145,6 +146,11 @@ class TrainingStep:
         if self.ema is not None and "ema" in state:
             self.ema.load_state_dict(state["ema"])
 
+    def _counts(self, micro_batches: Sequence[Batch]) -> BatchCounts:
+        return average_counts(
+            micro_batches, unwrapped(self.model).num_queries, self._parameters[0].device
+        )
+
     def _overflow(self, values: Tensor) -> bool:
         """Whether it is the scale of the losses that makes ``values`` not finite.
 
@@ -162,17 +168,15 @@ class TrainingStep:
         return self.model.no_sync()
 
 
-def average_counts(micro_batches: Sequence[Batch], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Boxes and images of the whole batch, of all processes together, over their number."""
-    images = [x for batch in micro_batches for x in batch]
-    # Filled one by one: a copy from the host would wait for the device.
-    counts = torch.zeros(2, device=device)
-    counts[0].fill_(sum(len(x["instances"]) for x in images))
-    counts[1].fill_(len(images))
+def average_counts(
+    micro_batches: Sequence[Batch], num_queries: int, device: torch.device
+) -> BatchCounts:
+    """Numbers of the whole batch, of all processes together, over the number of processes."""
+    numbers = [len(x["instances"]) for batch in micro_batches for x in batch]
+    counts = torch.stack(BatchCounts.of(numbers, num_queries, device))
     if comm.get_world_size() > 1:
         torch.distributed.all_reduce(counts)
-    num_boxes, num_images = (counts / comm.get_world_size()).unbind()
-    return num_boxes, num_images
+    return BatchCounts(*(counts / comm.get_world_size()).unbind())
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

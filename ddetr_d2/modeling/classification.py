@@ -4,6 +4,7 @@ Deformable DETR has K independent classes and the focal loss; DETR has a softmax
 "no object". The weight of the term is the matcher's and the criterion's, not of what is here.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,31 @@ class BestClasses(NamedTuple):
     scores: Tensor
     classes: Tensor
     queries: Tensor
+
+
+class BatchCounts(NamedTuple):
+    """What the losses of a step are divided by: numbers of its whole batch, averaged over the
+    processes.
+
+    Attributes:
+        boxes: boxes of all images.
+        matched: those that have a query, of which an image may have too few.
+        images: images.
+    """
+
+    boxes: Tensor
+    matched: Tensor
+    images: Tensor
+
+    @classmethod
+    def of(cls, numbers: Sequence[int], num_queries: int, device: torch.device) -> "BatchCounts":
+        """Count one process's images with these numbers of boxes."""
+        counts = torch.zeros(3, device=device)
+        # Filled one by one: a copy from the host would wait for the device.
+        counts[0].fill_(sum(numbers))
+        counts[1].fill_(sum(min(number, num_queries) for number in numbers))
+        counts[2].fill_(len(numbers))
+        return cls(*counts.unbind())
 
 
 class SigmoidClasses:
@@ -64,8 +90,7 @@ class SigmoidClasses:
         logits: Tensor,
         matched: tuple[Tensor, Tensor],
         labels: Tensor,
-        num_boxes: Tensor,
-        num_images: Tensor | float,
+        counts: BatchCounts,
     ) -> Tensor:
         """Loss of all queries over the number of boxes.
 
@@ -73,13 +98,12 @@ class SigmoidClasses:
             logits: (N, Q, K).
             matched: image and query (P,) of each matched pair.
             labels: (P,) class of the pair's object.
-            num_boxes: of the whole batch, averaged over the processes.
-            num_images: not used here.
+            counts: of the whole batch.
         """
         one_hot = torch.zeros_like(logits)
         one_hot[(*matched, labels)] = 1.0
         return sigmoid_focal_loss(logits, one_hot, self.alpha, self.gamma, "sum") / at_least_one(
-            num_boxes
+            counts.boxes
         )
 
     def best(self, logits: Tensor, count: int) -> BestClasses:
@@ -116,8 +140,7 @@ class SoftmaxClasses:
         logits: Tensor,
         matched: tuple[Tensor, Tensor],
         labels: Tensor,
-        num_boxes: Tensor,
-        num_images: Tensor | float,
+        counts: BatchCounts,
     ) -> Tensor:
         """Weighted cross-entropy of all queries over the sum of their weights.
 
@@ -128,8 +151,7 @@ class SoftmaxClasses:
             logits: (N, Q, K + 1).
             matched: image and query (P,) of each matched pair.
             labels: (P,) class of the pair's object.
-            num_boxes: of the whole batch, averaged over the processes.
-            num_images: of the whole batch, averaged over the processes.
+            counts: of the whole batch.
         """
         queries, outputs = logits.shape[1:]
         classes = torch.full(logits.shape[:2], outputs - 1, device=logits.device)
@@ -137,8 +159,8 @@ class SoftmaxClasses:
         weights = logits.new_ones(outputs)
         weights[-1] = self.no_object_weight
         loss = F.cross_entropy(logits.flatten(0, 1), classes.flatten(), weights, reduction="sum")
-        without = num_images * queries - num_boxes
-        return loss / (num_boxes + self.no_object_weight * without)
+        matched, images = counts.matched.to(logits), counts.images.to(logits)
+        return loss / (matched + self.no_object_weight * (images * queries - matched))
 
     def best(self, logits: Tensor, count: int) -> BestClasses:
         """The best class, "no object" aside, of each query.

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou
 
-from .classification import at_least_one
+from .classification import BatchCounts, at_least_one
 from .heads import Predictions, at_least_float
 from .matcher import HungarianMatcher, Matches, Target
 
@@ -37,8 +37,7 @@ class SetCriterion(nn.Module):
         layers: list[Predictions],
         proposals: Predictions | None,
         targets: list[Target],
-        num_boxes: Tensor | float,
-        num_images: Tensor | float | None = None,
+        counts: BatchCounts | None = None,
     ) -> dict[str, Tensor]:
         """Weighted losses by name.
 
@@ -48,15 +47,12 @@ class SetCriterion(nn.Module):
             proposals: the encoder's predictions (suffix ``_enc``), matched with all labels
                 set to class 0.
             targets: ground truth of each image.
-            num_boxes: number that the losses are divided by: of the boxes in the whole batch,
-                averaged over the processes; where there are none, losses are divided by one.
-            num_images: images in the whole batch, averaged over the processes; those of
-                ``targets`` by default.
+            counts: what the losses are divided by, the numbers of ``targets`` by default. Where
+                there are no boxes, losses of boxes are divided by one.
         """
-        if num_images is None:
-            num_images = len(targets)
-        if not isinstance(num_boxes, Tensor):
-            num_boxes = layers[0].boxes.new_full((), num_boxes)  # does not wait for the device
+        if counts is None:
+            numbers = [len(target.labels) for target in targets]
+            counts = BatchCounts.of(numbers, layers[0].boxes.shape[1], layers[0].boxes.device)
         groups = [(layers, targets)]
         suffixes = [f"_{index}" for index in range(len(layers) - 1)] + [""]
         if proposals is not None:
@@ -68,7 +64,7 @@ class SetCriterion(nn.Module):
         for (prediction, objects), matches, suffix in zip(
             cases, self.matcher(*groups), suffixes, strict=True
         ):
-            parts = self._losses(prediction, matches, objects, num_boxes, num_images)
+            parts = self._losses(prediction, matches, objects, counts)
             losses |= {f"{name}{suffix}": loss for name, loss in parts.items()}
         return losses
 
@@ -77,8 +73,7 @@ class SetCriterion(nn.Module):
         predictions: Predictions,
         matches: Matches,
         targets: list[Target],
-        num_boxes: Tensor,
-        num_images: Tensor | float,
+        counts: BatchCounts,
     ) -> dict[str, Tensor]:
         labels = torch.cat([t.labels for t in targets])[matches.target]
         boxes = torch.cat([t.boxes for t in targets])[matches.target]
@@ -86,14 +81,14 @@ class SetCriterion(nn.Module):
         matched = predictions.boxes[pairs]
 
         logits = at_least_float(predictions.logits)
-        loss_class = self.matcher.classification.loss(logits, pairs, labels, num_boxes, num_images)
+        loss_class = self.matcher.classification.loss(logits, pairs, labels, counts)
         loss_l1 = F.l1_loss(matched, boxes, reduction="sum")
         # Pair by pair. torchvision's loss selects by a mask, for which the host waits for a GPU.
         giou = generalized_box_iou(
             box_convert(matched, "cxcywh", "xyxy")[:, None],
             box_convert(boxes, "cxcywh", "xyxy")[:, None],
         )
-        num_boxes = at_least_one(num_boxes)
+        num_boxes = at_least_one(counts.boxes)
         return {
             "loss_class": self.class_weight * loss_class,
             "loss_l1": self.l1_weight * loss_l1 / num_boxes,

@@ -19,7 +19,7 @@ from torchvision.ops import box_convert
 
 from ..errors import UserError
 from .backbone import build_detr_backbone
-from .classification import SigmoidClasses, SoftmaxClasses
+from .classification import BatchCounts, SigmoidClasses, SoftmaxClasses
 from .criterion import SetCriterion
 from .feature_levels import FeatureProjection
 from .heads import Detections, Predictions
@@ -47,6 +47,7 @@ class SetDetector(nn.Module):
         in_features: list[str],
         pixel_mean: list[float],
         pixel_std: list[float],
+        num_queries: int,
         num_detections: int = 100,
     ):
         """
@@ -58,6 +59,7 @@ class SetDetector(nn.Module):
             in_features: names of the backbone features used, fine to coarse.
             pixel_mean: mean of each channel, subtracted from the input.
             pixel_std: standard deviation of each channel, the input is divided by.
+            num_queries: queries of each image.
             num_detections: detections kept per image.
         """
         super().__init__()
@@ -67,6 +69,7 @@ class SetDetector(nn.Module):
         self.transformer = transformer
         self.criterion = criterion
         self.in_features = in_features
+        self.num_queries = num_queries
         self.num_detections = num_detections
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
@@ -77,18 +80,14 @@ class SetDetector(nn.Module):
         return self.pixel_mean.device
 
     def forward(
-        self,
-        batched_inputs: list[dict],
-        num_boxes: Tensor | None = None,
-        num_images: Tensor | None = None,
+        self, batched_inputs: list[dict], counts: BatchCounts | None = None
     ) -> dict[str, Tensor] | list[dict]:
         """
         Args:
             batched_inputs: one dict per image as Detectron2's DatasetMapper makes it: ``image``
                 (3, H, W); ``instances`` with ``gt_boxes`` and ``gt_classes`` in training;
                 ``height`` and ``width`` of the wanted output otherwise.
-            num_boxes, num_images: what the losses are divided by, see :class:`SetCriterion`; those
-                of these images by default.
+            counts: what the losses are divided by; the numbers of these images by default.
 
         Returns:
             In training a dict of losses, else ``[{"instances": Instances}]`` with
@@ -99,9 +98,7 @@ class SetDetector(nn.Module):
         layers, proposals = self.predict(images.tensor, self._padding_mask(images))
         if self.training:
             targets = [self._target(x["instances"]) for x in batched_inputs]
-            if num_boxes is None:
-                num_boxes = float(sum(len(target.labels) for target in targets))
-            return self.criterion(layers, proposals, targets, num_boxes, num_images)
+            return self.criterion(layers, proposals, targets, counts)
         return self.postprocess(layers[-1], batched_inputs, images.image_sizes)
 
     def predict(
@@ -210,6 +207,7 @@ def shared_arguments(cfg: CfgNode) -> dict[str, Any]:
         "in_features": node.IN_FEATURES,
         "pixel_mean": cfg.MODEL.PIXEL_MEAN,
         "pixel_std": cfg.MODEL.PIXEL_STD,
+        "num_queries": node.NUM_QUERIES,
         "num_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
     }
 

@@ -35,12 +35,14 @@ def test_three_learning_rates():
 class Sum(nn.Module):
     """A model whose loss has the gradient (3, 4) for one parameter and 12 for the other."""
 
+    num_queries = 1
+
     def __init__(self):
         super().__init__()
         self.a = nn.Parameter(torch.zeros(2))
         self.b = nn.Parameter(torch.zeros(1))
 
-    def forward(self, batch, num_boxes, num_images):
+    def forward(self, batch, counts):
         return {"loss": 3 * self.a[0] + 4 * self.a[1] + 12 * self.b.sum()}
 
 

@@ -42,8 +42,9 @@ def test_a_batch_without_any_box(variant):
 
 def test_losses_are_divided_by_all_boxes_and_images():
     cpu = torch.device("cpu")
-    assert average_counts([images(2, 0), images(3)], cpu) == (5, 3)
-    assert average_counts([images(0), images(0)], cpu) == (0, 2)
+    assert average_counts([images(2, 0), images(3)], 9, cpu) == (5, 5, 3)
+    assert average_counts([images(2, 0), images(3)], 2, cpu) == (5, 4, 3)
+    assert average_counts([images(0), images(0)], 9, cpu) == (0, 0, 2)
 
 
 def test_accumulation_by_train_net(train_net, tmp_path):

@@ -5,7 +5,12 @@ import math
 import pytest
 import torch
 
-from ddetr_d2.modeling.classification import SigmoidClasses, SoftmaxClasses, at_least_one
+from ddetr_d2.modeling.classification import (
+    BatchCounts,
+    SigmoidClasses,
+    SoftmaxClasses,
+    at_least_one,
+)
 
 
 def random_logits(outputs, *leading):
@@ -49,24 +54,19 @@ def test_cross_entropy_is_averaged_with_weights(objects):
     images = torch.tensor([image for image, _ in objects], dtype=torch.long)
     queries = torch.tensor([query for _, query in objects], dtype=torch.long)
     labels = torch.tensor([*objects.values()], dtype=torch.long)
-    num_boxes = torch.tensor(len(objects), dtype=torch.float64)
-    loss = SoftmaxClasses(0.3).loss(logits, (images, queries), labels, num_boxes, 2)
+    counts = BatchCounts(*torch.tensor([7, len(objects), 2], dtype=torch.float64))
+    loss = SoftmaxClasses(0.3).loss(logits, (images, queries), labels, counts)
     assert loss.item() == pytest.approx(slow_cross_entropy(logits, objects, 0.3), rel=1e-12)
 
 
 def test_cross_entropy_does_not_depend_on_how_the_batch_is_cut():
     logits = random_logits(4, 2, 5)
     pairs, labels = (torch.tensor([0, 1]), torch.tensor([1, 0])), torch.tensor([2, 1])
-    classes, num_boxes = SoftmaxClasses(), torch.tensor(2.0)
-    whole = classes.loss(logits, pairs, labels, num_boxes, 2)
+    classes, counts = SoftmaxClasses(), BatchCounts(*torch.tensor([2.0, 2.0, 2.0]))
+    whole = classes.loss(logits, pairs, labels, counts)
+    first = torch.tensor([0])
     parts = [
-        classes.loss(
-            logits[i : i + 1],
-            (torch.tensor([0]), pairs[1][i : i + 1]),
-            labels[i : i + 1],
-            num_boxes,
-            2,
-        )
+        classes.loss(logits[i : i + 1], (first, pairs[1][i : i + 1]), labels[i : i + 1], counts)
         for i in range(2)
     ]
     torch.testing.assert_close(sum(parts), whole)

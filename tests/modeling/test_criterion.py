@@ -43,7 +43,7 @@ def test_every_layer_and_the_proposals():
         Target(torch.tensor([2, 0, 1]), random_boxes(3)),
         Target(torch.tensor([1]), random_boxes(1)),
     ]
-    losses = SetCriterion(matcher)(layers, proposals, targets, num_boxes=4)
+    losses = SetCriterion(matcher)(layers, proposals, targets)
     assert len(losses) == 3 * 4
 
     background = [Target(torch.zeros_like(t.labels), t.boxes) for t in targets]
@@ -70,7 +70,7 @@ def test_a_batch_without_objects_trains_the_classes_only():
     boxes = random_boxes(2, 4).float().requires_grad_()
     empty = Target(torch.zeros(0, dtype=torch.long), torch.zeros(0, 4))
     criterion = SetCriterion(HungarianMatcher(SigmoidClasses()))
-    losses = criterion([Predictions(logits, boxes)], None, [empty, empty], num_boxes=0)
+    losses = criterion([Predictions(logits, boxes)], None, [empty, empty])
     assert losses["loss_l1"] == 0 and losses["loss_giou"] == 0
     sum(losses.values()).backward()
     assert logits.grad.abs().sum() > 0

@@ -114,6 +114,13 @@ def test_members_of_the_ablation_take_over_a_rate(tmp_path):
     assert comparison.full_run("deformable-k1", 0) == Run("deformable-k1", 0.01, 0, 100)
 
 
+def test_without_a_search_members_have_rates_of_their_own(tmp_path):
+    comparison = Comparison(tmp_path, replace(TINY, rates=()))
+    ready, waiting = comparison.todo(("detr", "deformable"), seeds=1)
+    assert [(run.rate, run.iterations) for run in ready] == [(0.0003, 200), (0.001, 100)]
+    assert waiting == []
+
+
 def test_all_members_are_evaluated_at_the_same_iterations():
     long, short = (TINY.evaluations(TINY.budget(name)) for name in ("detr", "deformable"))
     assert short == [10, 20, 30, 40, 50, 60, 70, 80, 90, 100]
@@ -239,7 +246,7 @@ def test_failed_run_is_named(tmp_path, monkeypatch):
     script = tmp_path / "fails.py"
     script.write_text("raise SystemExit('no luck')")
     monkeypatch.setattr(convergence_runs, "PROGRAM", script)
-    comparison = Comparison(tmp_path, replace(TINY, rates=(0.001,)))
+    comparison = Comparison(tmp_path, replace(TINY, rates=()))
     with pytest.raises(UserError, match="deformable/rate-0.001/seed-0 ended with.* 1.*no luck"):
         run_all(comparison, ["deformable"], 1, 1, lambda *_: None)
 
