@@ -72,8 +72,9 @@ class ExportableDetector(nn.Module):
 
         Returns:
             with ``postprocess`` scores (N, R) from 0 to 1, the best first, labels (N, R) int64
-            from 0 and boxes (N, R, 4), (x0, y0, x1, y1) in pixels; otherwise logits (N, Q, K) and
-            boxes (N, Q, 4), (cx, cy, w, h) as fractions of the unpadded image.
+            from 0 and boxes (N, R, 4), (x0, y0, x1, y1) in pixels; otherwise logits (N, Q, K), with
+            a softmax (N, Q, K + 1), the last one of "no object", and boxes (N, Q, 4),
+            (cx, cy, w, h) as fractions of the unpadded image.
         """
         if self.preprocess:
             images, padding_mask = self.prepare(images, sizes_or_mask)

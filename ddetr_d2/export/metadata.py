@@ -20,13 +20,15 @@ def describe(
     Returns:
         values that JSON can hold, by the names that docs/export.md lists.
     """
-    number = cfg.MODEL.DEFORMABLE_DETR.NUM_CLASSES
+    node = cfg.MODEL.DEFORMABLE_DETR
+    number = node.NUM_CLASSES
     return {
         "class_names": class_names or [str(index) for index in range(number)],
         "input_names": detector.input_names,
         "output_names": detector.output_names,
         "preprocess": detector.preprocess,
         "postprocess": detector.postprocess,
+        "activation": {"focal": "sigmoid", "cross_entropy": "softmax"}[node.CLASS_LOSS],
         "layout": "NCHW",
         "channel_order": cfg.INPUT.FORMAT,
         "value_range": [0, 255],

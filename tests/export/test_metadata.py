@@ -4,10 +4,11 @@ import importlib.util
 
 import numpy as np
 import pytest
+import torch
 
 from ddetr_d2.data.augmentation import RESIZE_RULES, resized_shape
 from ddetr_d2.engine import setup_cfg
-from ddetr_d2.export import ExportableDetector, describe
+from ddetr_d2.export import ExportableDetector, describe, example_inputs
 
 from ..conftest import ROOT, TINY
 
@@ -26,6 +27,27 @@ def test_rule_of_the_resize(build):
     assert describe_export(build)["resize_rule"] == "detr"
     opts = ("INPUT.RESIZE_RULE", "detectron2")
     assert describe_export(build, *opts)["resize_rule"] == "detectron2"
+
+
+@pytest.mark.parametrize(
+    "variant, activation",
+    [("deformable_detr", "sigmoid"), ("detr", "softmax"), ("detr_dc5_plus", "sigmoid")],
+)
+def test_what_makes_scores_of_logits(variant, activation, build):
+    """With it, a program that gets logits finds the scores that the model gives."""
+    model = build(variant)
+    cfg = setup_cfg(str(ROOT / "configs" / f"{variant}.yaml"), TINY)
+    assert describe(ExportableDetector(model), cfg, None)["activation"] == activation
+    raw, whole = ExportableDetector(model, postprocess=False), ExportableDetector(model)
+    inputs = example_inputs(whole, (70, 66))
+    with torch.no_grad():
+        logits, _ = raw(*inputs[:2])
+        scores, *_ = whole(*inputs)
+    if activation == "softmax":
+        expected = logits.softmax(-1)[..., :-1].amax(-1)
+    else:
+        expected = logits.sigmoid().flatten(1)
+    torch.testing.assert_close(scores[:, 0], expected.amax(-1))
 
 
 @pytest.mark.parametrize("rule", RESIZE_RULES)
