@@ -30,6 +30,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ddetr_d2.data import data_set_classes, register_datasets
+from ddetr_d2.detector import configure
 from ddetr_d2.engine import Trainer, setup_cfg
 from ddetr_d2.errors import UserError, exit_on_user_error
 from ddetr_d2.layers import MSDeformAttn, ms_deform_attn
@@ -257,7 +258,12 @@ def _described(sizes: Sizes) -> str:
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="configuration file")
+    parser.add_argument(
+        "--config-file",
+        default="",
+        metavar="FILE",
+        help="configuration file (default: what the weights tell of theirs)",
+    )
     parser.add_argument(
         "--tasks", nargs="+", required=True, metavar="TASK", help=f"any of {', '.join(TASKS)}"
     )
@@ -297,8 +303,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"--size {args.size[0]} {args.size[1]}: both must be at least 1.")
     if args.num_inputs is not None and args.num_inputs < 1:
         raise UserError(f"--num-inputs is {args.num_inputs}; it must be at least 1.")
-    cfg = setup_cfg(args.config_file, opts)
-    set_num_classes(cfg)
+    if args.config_file:
+        cfg = setup_cfg(args.config_file, opts)
+        set_num_classes(cfg)
+    else:
+        cfg = configure(opts=opts).cfg
     sizes: Sizes = Counter([tuple(args.size)])
     if args.num_inputs is not None and {"flop", "activation"} & set(tasks):
         sizes = image_sizes(cfg, args.num_inputs)

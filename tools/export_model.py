@@ -3,8 +3,7 @@
 
 ::
 
-    python tools/export_model.py --config-file configs/deformable_detr_refine.yaml --format onnx \\
-        --output model.onnx --opts MODEL.WEIGHTS model_final.pth
+    python tools/export_model.py --format onnx --output model.onnx --opts MODEL.WEIGHTS model.pth
 
 Inputs, outputs and metadata of the files are described in docs/export.md. What was written is
 compared with the model on images of other sizes; a file that differs is not kept.
@@ -17,14 +16,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
-from detectron2.modeling import build_model
 from torch import Tensor
 
-from ddetr_d2.checkpoint import DetrCheckpointer, read_class_names
 from ddetr_d2.data import build_augmentation, read_image
-from ddetr_d2.engine import setup_cfg
+from ddetr_d2.detector import configure
 from ddetr_d2.errors import UserError, exit_on_user_error
 from ddetr_d2.export import (
     LOADERS,
@@ -37,7 +33,6 @@ from ddetr_d2.export import (
     example_inputs,
 )
 from ddetr_d2.export.formats import require_package
-from ddetr_d2.modeling import SetDetector
 
 # Largest difference allowed, of scores and of boxes as fractions of the image.
 TOLERANCE = 1e-3
@@ -49,7 +44,12 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="configuration file")
+    parser.add_argument(
+        "--config-file",
+        default="",
+        metavar="FILE",
+        help="configuration file (default: what the weights tell of theirs)",
+    )
     parser.add_argument("--format", required=True, choices=WRITERS, help="kind of file")
     parser.add_argument("--output", required=True, metavar="FILE", help="file to write")
     parser.add_argument(
@@ -87,32 +87,6 @@ def get_parser() -> argparse.ArgumentParser:
         help="changes to the configuration, as in: --opts MODEL.WEIGHTS model_final.pth",
     )
     return parser
-
-
-def load_model(cfg: CfgNode) -> tuple[SetDetector, list[str] | None]:
-    """The detector with its weights and, if they are known, the names of its classes.
-
-    Raises:
-        UserError: there are no weights, they do not fit, or the number of classes is unknown.
-    """
-    if not cfg.MODEL.WEIGHTS:
-        raise UserError("no weights to export; give --opts MODEL.WEIGHTS FILE.")
-    node = cfg.MODEL.DEFORMABLE_DETR
-    names = read_class_names(cfg.MODEL.WEIGHTS)
-    if names is None and not node.NUM_CLASSES:
-        data_sets = [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]
-        known = (MetadataCatalog.get(name).get("thing_classes") for name in data_sets)
-        names = next((classes for classes in known if classes), None)
-        if names is None:
-            raise UserError(
-                f"{cfg.MODEL.WEIGHTS} does not name its classes, and neither do the data sets of "
-                "the configuration; give --opts MODEL.DEFORMABLE_DETR.NUM_CLASSES."
-            )
-    if names is not None:
-        node.NUM_CLASSES = len(names)
-    model = build_model(cfg).eval()
-    DetrCheckpointer(model, strict=True).load(cfg.MODEL.WEIGHTS)
-    return model, names
 
 
 def sample_inputs(detector: ExportableDetector, cfg: CfgNode, path: str) -> tuple[Tensor, ...]:
@@ -169,11 +143,12 @@ def check_output(args: argparse.Namespace, cfg: CfgNode) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(arguments)
-    cfg = setup_cfg(args.config_file, args.opts)
+    configured = configure(args.config_file, args.opts)
+    cfg = configured.cfg
     check_output(args, cfg)
     if args.format == "onnx":
         cfg.MODEL.DEVICE = "cpu"  # the file is the same
-    model, class_names = load_model(cfg)
+    model = configured.build()
     options = {"preprocess": not args.no_preprocess, "postprocess": not args.no_postprocess}
     detector = ExportableDetector(model, sampling=args.sampling, **options)
     reference = ExportableDetector(model, sampling="operator", **options)
@@ -188,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         print(f"writing {args.format} with {args.sampling}", flush=True)
         opset = {} if args.opset is None else {"opset": args.opset}
-        metadata = describe(detector, cfg, class_names)
+        metadata = describe(detector, cfg, configured.class_names)
         WRITERS[args.format](detector, unverified, metadata, **opset)
         print("comparing it with the model", flush=True)
         run, _ = LOADERS[args.format](unverified)

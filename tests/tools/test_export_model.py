@@ -131,7 +131,7 @@ def test_mistakes(format, name, arguments, message, weights, tmp_path):
 def test_weights_are_not_replaced_and_have_to_be_given(weights, tmp_path):
     with pytest.raises(UserError, match="would replace MODEL.WEIGHTS"):
         export(weights, weights)
-    with pytest.raises(UserError, match="no weights to export"):
+    with pytest.raises(UserError, match="no weights: give MODEL.WEIGHTS"):
         export("", tmp_path / "m.onnx")
 
 
