@@ -82,16 +82,28 @@ def tables(records: Sequence[Record]) -> str:
 
 
 def draw(records: Sequence[Record], output: Path) -> None:
-    """Draw both quantities of each part over the pixels, on double logarithmic axes."""
+    """Draw both quantities of each part over the pixels, on double logarithmic axes.
+
+    At the end of each line stands its exponent.
+    """
     parts = [part for part in PARTS if any(x["part"] == part for x in records)]
+    size = 11, 4.5 * len(parts) + 0.6
     figure, grid = plt.subplots(
-        len(parts), 2, figsize=(11, 5 * len(parts)), constrained_layout=True, squeeze=False
+        len(parts), 2, figsize=size, sharex=True, layout="constrained", squeeze=False
     )
     for part, line in zip(parts, grid, strict=True):
         for (quantity, label), axes in zip(QUANTITIES.items(), line, strict=True):
             _draw_lines(axes, [x for x in records if x["part"] == part], quantity)
             axes.set_title(f"{part}: {label.partition(',')[0]}")
             axes.set_ylabel(label)
+    ticks = {x["pixels"]: str(x["height"]) for x in sorted(records, key=lambda x: x["pixels"])}
+    for axes in grid[-1]:
+        axes.set_xticks(list(ticks), list(ticks.values()))
+        axes.set_xlim(right=1.5 * max(ticks))  # room for the exponents
+        axes.minorticks_off()
+        axes.set_xlabel("pixels of the image, of 4:3 with the short side that is marked")
+    lines, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=2, fontsize=9)
     figure.savefig(output, dpi=100)
     plt.close(figure)
 
@@ -99,20 +111,25 @@ def draw(records: Sequence[Record], output: Path) -> None:
 def _draw_lines(axes: Axes, records: Sequence[Record], quantity: str) -> None:
     for row in rows_of(records, quantity):
         pixels, values = series(records, row["part"], row["pass"], row["member"], quantity)
-        power = "" if row["exponent"] is None else f": pixels^{row['exponent']:.2f}"
+        index = list(MEMBERS).index(row["member"])
         training = row["pass"] == PASSES[1]
         axes.loglog(
             pixels,
             values,
-            color=f"C{list(MEMBERS).index(row['member'])}",
+            color=f"C{index}",
             linestyle="-" if training else "--",
+            linewidth=3 - index,  # so that one below another one can be seen
             marker="o" if training else ".",
-            label=f"{row['label']}, {row['pass']}{power}",
+            label=f"{row['label']}, {row['pass']}",
         )
-    sides = sorted({x["height"] for x in records})
-    ticks = {x["height"]: x["pixels"] for x in records}
-    axes.set_xticks([ticks[x] for x in sides], [str(x) for x in sides], minor=False)
-    axes.minorticks_off()
-    axes.set_xlabel("pixels of the image (marked: short side, 4:3)")
+        if row["exponent"] is not None:
+            axes.annotate(
+                f"{row['exponent']:.2f}",
+                (pixels[-1], values[-1]),
+                xytext=(7, 0),
+                textcoords="offset points",
+                va="center",
+                color=f"C{index}",
+                fontsize=9,
+            )
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
