@@ -51,13 +51,11 @@ def draw(results: Results, output: Path) -> None:
 def _draw_curves(axes: Axes, results: Results, metric: str, over_time: bool = False) -> None:
     for index, (member, curves) in enumerate(results.curves.items()):
         values = np.array([curve.values[metric] for curve in curves.values()])
-        first = next(iter(curves.values()))
-        x = first.iterations
-        if over_time:
-            x = np.mean([curve.minutes for curve in curves.values()], axis=0)
+        mean = results.mean(member)
+        x = mean.minutes if over_time else mean.iterations
         color = f"C{index}"
         label = f"{MEMBERS[member].label} ({len(curves)} of {results.seeds} seeds)"
-        axes.plot(x, values.mean(axis=0), color=color, label=label, marker=".", markersize=4)
+        axes.plot(x, mean.values[metric], color=color, label=label, marker=".", markersize=4)
         axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=color, alpha=0.2, lw=0)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(_PLAIN)

@@ -55,21 +55,26 @@ class Results:
         found = [curve.at(metric, iterations) for curve in self.curves[member].values()]
         return [value for value in found if value is not None]
 
-    def final(self, member: str, metric: str) -> float:
-        """Percentage at the end, mean over the seeds."""
-        return np.mean([curve.values[metric][-1] for curve in self.curves[member].values()])
+    def mean(self, member: str) -> Curve:
+        """Mean over the seeds."""
+        curves = list(self.curves[member].values())
+        values = {
+            metric: np.mean([curve.values[metric] for curve in curves], axis=0).tolist()
+            for metric in METRICS
+        }
+        minutes = np.mean([curve.minutes for curve in curves], axis=0).tolist()
+        return Curve(curves[0].iterations, minutes, values)
 
     def iterations_to(self, member: str, metric: str, level: float) -> float | None:
-        """Mean over the seeds; None where not all come to ``level``."""
-        found = [c.iterations_to(metric, level) for c in self.curves[member].values()]
-        return None if None in found else np.mean(found)
+        """When the mean over the seeds comes to ``level``; None if it does not."""
+        return self.mean(member).iterations_to(metric, level)
 
     def levels(self, metric: str) -> list[float]:
         """The levels that iterations are counted to: 90% of the baseline's end, then round ones."""
-        ends = [self.final(member, metric) for member in self.curves]
-        levels = [level for level in LEVELS if level <= max(ends)]
+        ends = {member: self.mean(member).values[metric][-1] for member in self.curves}
+        levels = [level for level in LEVELS if level <= max(ends.values())]
         if self.baseline:
-            levels.insert(0, _SHARE_OF_BASELINE * self.final(self.baseline, metric))
+            levels.insert(0, _SHARE_OF_BASELINE * ends[self.baseline])
         return levels
 
     def ratio(self, member: str, metric: str, level: float) -> tuple[float | None, bool]:
@@ -84,8 +89,7 @@ class Results:
             return None, False
         needed = self.iterations_to(self.baseline, metric, level)
         if needed is None:
-            longest = min(c.iterations[-1] for c in self.curves[self.baseline].values())
-            return longest / own, True
+            return self.mean(self.baseline).iterations[-1] / own, True
         return needed / own, False
 
 
