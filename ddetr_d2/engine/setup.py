@@ -31,7 +31,7 @@ def setup_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
 
 
 def saved_cfg(text: str, source: str, opts: Sequence[str] = ()) -> CfgNode:
-    """The configuration that a file was written with, on the device that is here.
+    """The configuration that a file was written with, but for the device and the output folder.
 
     Args:
         text: what ``cfg.dump()`` gave.
@@ -43,6 +43,7 @@ def saved_cfg(text: str, source: str, opts: Sequence[str] = ()) -> CfgNode:
     """
     content = yaml.safe_load(text)
     content["MODEL"].pop("DEVICE", None)
+    content.pop("OUTPUT_DIR", None)
     return _configuration(content, source, opts)
 
 

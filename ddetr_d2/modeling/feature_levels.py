@@ -1,8 +1,7 @@
 """From backbone features to the tokens that the transformer reads (paper, section 4.1)."""
 
-import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +30,21 @@ class FeatureLevels:
     spatial_shapes: tuple[tuple[int, int], ...]
     level_start_index: tuple[int, ...]
     valid_sizes: Tensor
+    # What each layer asks for and is computed once. torch.compile does not take functools'
+    # cached_property, which has a lock before Python 3.12.
+    _known: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
-    @functools.cached_property
+    def _once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        if name not in self._known:
+            self._known[name] = compute()
+        return self._known[name]
+
+    @property
     def valid_ratios(self) -> Tensor:
         """Unpadded over full width and height of each level: (N, L, 2)."""
+        return self._once("valid_ratios", self._valid_ratios)
+
+    def _valid_ratios(self) -> Tensor:
         return torch.stack(
             [
                 torch.stack((size[:, 0] / width, size[:, 1] / height), dim=-1)
@@ -53,7 +63,7 @@ class FeatureLevels:
             [_centers(*shape, size) for size, shape in self._valid_and_full_sizes()], dim=1
         )
 
-    @functools.cached_property
+    @property
     def reference_points(self) -> Tensor:
         """Centre of each token as a fraction of each padded level: (N, S, L, 2).
 
@@ -62,6 +72,9 @@ class FeatureLevels:
         pixels, so its samples lie on centres of pixels, where rounding decides which neighbour
         the gradient of a location comes from.
         """
+        return self._once("reference_points", self._reference_points)
+
+    def _reference_points(self) -> Tensor:
         ratios = self.valid_ratios
         centers = []
         for level, (height, width) in enumerate(self.spatial_shapes):
