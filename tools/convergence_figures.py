@@ -10,15 +10,14 @@ import numpy as np
 from convergence_members import MEMBERS
 from convergence_tables import Results
 from matplotlib.axes import Axes
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.axis import Axis
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 _TITLES = {
     "APs": "APs: objects below 32² pixels",
     "APm": "APm: 32² to 96² pixels",
     "APl": "APl: objects above 96² pixels",
 }
-# 1,000 instead of 10^3
-_PLAIN = StrMethodFormatter("{x:,g}")
 
 
 def draw(results: Results, output: Path) -> None:
@@ -37,7 +36,7 @@ def draw(results: Results, output: Path) -> None:
         -0.19, functions=(lambda i: i / results.epoch, lambda e: e * results.epoch)
     )
     epochs.set_xlabel("epochs")
-    epochs.xaxis.set_major_formatter(_PLAIN)
+    _number(epochs.xaxis)
     by_time.set_title("AP over the time of training")
     figure.legend(*by_iterations.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     for column, metric in enumerate(_TITLES):
@@ -58,8 +57,14 @@ def _draw_curves(axes: Axes, results: Results, metric: str, over_time: bool = Fa
         axes.plot(x, mean.values[metric], color=color, label=label, marker=".", markersize=4)
         axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=color, alpha=0.2, lw=0)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(_PLAIN)
+    _number(axes.xaxis)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("CPU minutes" if over_time else "iterations")
     axes.set_ylabel(f"{metric}, %")
     axes.grid(alpha=0.3, which="both")
+
+
+def _number(axis: Axis) -> None:
+    """Label the powers of ten alone, as 1,000 and not 10^3."""
+    axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axis.set_minor_formatter(NullFormatter())
