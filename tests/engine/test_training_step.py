@@ -103,7 +103,10 @@ def test_bfloat16_learns_as_float32():
     assert ends[1] == pytest.approx(ends[0], rel=0.02)
 
 
-@pytest.mark.parametrize("variant", ["deformable_detr", "deformable_detr_refine_two_stage"])
+@pytest.mark.parametrize(
+    "variant",
+    ["deformable_detr", "deformable_detr_refine_two_stage", "detr", "detr_dc5_plus"],
+)
 def test_boxes_costs_and_losses_are_float32_in_mixed_precision(variant, monkeypatch):
     cfg, model = build(variant)
     found = {"boxes": set(), "costs": set(), "losses": set(), "logits": set()}
