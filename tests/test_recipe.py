@@ -9,10 +9,11 @@ from .conftest import ROOT
 
 COCO_IMAGES = 118_287
 SMALL = ("synthetic_demo", "bccd")
+DETR = ("detr", "detr_dc5", "detr_dc5_plus")
 COCO = sorted(
     path.stem
     for path in (ROOT / "configs").glob("*.yaml")
-    if path.stem not in SMALL and not path.stem.startswith("Base")
+    if path.stem.startswith("deformable_detr")
 )
 
 
@@ -49,6 +50,14 @@ def test_coco(name):
     assert cfg.TEST.EVAL_PERIOD % epoch == 0
     assert (solver.BACKBONE_MULTIPLIER, solver.SAMPLING_MULTIPLIER, solver.GAMMA) == (0.1, 0.1, 0.1)
     assert solver.WARMUP_ITERS == 0
+    check_shared_recipe(cfg)
+
+
+def check_shared_recipe(cfg: CfgNode) -> None:
+    """What Deformable DETR took over from DETR."""
+    solver = cfg.SOLVER
+    assert (solver.OPTIMIZER, solver.WEIGHT_DECAY, solver.GAMMA) == ("AdamW", 1e-4, 0.1)
+    assert solver.BACKBONE_MULTIPLIER == 0.1
     clip = solver.CLIP_GRADIENTS
     assert (clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE) == (True, "full_model", 0.1)
     assert not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
@@ -57,6 +66,35 @@ def test_coco(name):
     assert cfg.INPUT.CROP.SIZE == [384, 600]
     assert cfg.INPUT.MAX_SIZE_TRAIN == cfg.INPUT.MAX_SIZE_TEST == 1333
     assert cfg.INPUT.MIN_SIZE_TEST == 800
+
+
+@pytest.mark.parametrize("name", DETR)
+def test_detr_on_coco(name):
+    cfg = load(name)
+    assert choices(cfg) == {
+        "grouped by orientation": False,
+        "resize": "detr",
+        "layers start equal": False,
+        "heads start equal": False,
+    }
+    solver, node = cfg.SOLVER, cfg.MODEL.DEFORMABLE_DETR
+    assert (solver.IMS_PER_BATCH, solver.BASE_LR) == (64, 1e-4)
+    epoch = COCO_IMAGES // solver.IMS_PER_BATCH
+    assert epoch == solver.CHECKPOINT_PERIOD == 1_848
+    epochs, drop = (50, 40) if name == "detr_dc5_plus" else (500, 400)
+    assert (solver.MAX_ITER, solver.STEPS) == (epochs * epoch, (drop * epoch,))
+    assert cfg.TEST.EVAL_PERIOD % epoch == 0
+    check_shared_recipe(cfg)
+    assert cfg.MODEL.RESNETS.RES5_DILATION == (1 if name == "detr" else 2)
+    assert (node.HIDDEN_DIM, node.DIM_FEEDFORWARD, node.ENC_LAYERS, node.DEC_LAYERS) == (
+        256, 2048, 6, 6,
+    )  # fmt: skip
+    loss = (node.CLASS_LOSS, node.NUM_QUERIES, node.CLASS_WEIGHT, node.L1_WEIGHT, node.GIOU_WEIGHT)
+    if name == "detr_dc5_plus":
+        assert loss == ("focal", 300, 2.0, 5.0, 2.0)
+    else:
+        assert loss == ("cross_entropy", 100, 1.0, 5.0, 2.0)
+        assert node.NO_OBJECT_WEIGHT == 0.1
 
 
 @pytest.mark.parametrize("name", SMALL)
