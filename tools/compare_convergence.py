@@ -46,10 +46,11 @@ def collect(comparison: Comparison, members: Sequence[str], seeds: int) -> Resul
             continue
         curves[member] = {run.seed: comparison.curve(run).until(run.iterations) for run in finished}
         rates[member] = finished[0].rate
-        searches[member] = {
-            run.rate: comparison.curve(run).at("AP", run.iterations)
-            for run in comparison.search(member)
-        }
+        if not MEMBERS[member].rate_of:
+            searches[member] = {
+                run.rate: comparison.curve(run).at("AP", run.iterations)
+                for run in comparison.search(member)
+            }
     batch = setup_cfg(str(CONFIG_FILE)).SOLVER.IMS_PER_BATCH
     settings = comparison.settings
     return Results(

@@ -25,7 +25,7 @@ class Results:
 
     Attributes:
         curves: of each member, by its seeds; members without a finished run are left out.
-        searches: AP of each rate that was tried, by members.
+        searches: AP of each rate that was tried, by the members that have a search of their own.
         rates: learning rate of each member.
         iterations: what every member but the baseline trains.
         epoch: iterations in which every image is seen once, on average.
@@ -137,7 +137,7 @@ def as_json(results: Results) -> str:
         content["members"][member] = {
             "label": MEMBERS[member].label,
             "learning_rate": results.rates[member],
-            "search": {f"{rate:g}": ap for rate, ap in results.searches[member].items()},
+            "search": {f"{rate:g}": ap for rate, ap in results.searches.get(member, {}).items()},
             "iterations_to": to_level,
             "seeds": {
                 str(seed): {
