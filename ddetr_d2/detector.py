@@ -27,7 +27,8 @@ from .checkpoint.architecture import (
 from .checkpoint.formats import Weights, read_weights
 from .config import config_file
 from .data import build_augmentation, data_set_classes, read_image
-from .engine.setup import saved_cfg, setup_cfg
+from .data.images import as_array
+from .engine.setup import saved_cfg, setup_cfg, value_of
 from .errors import UserError
 from .modeling import prepare_for_inference
 from .visualization import draw_detections
@@ -172,6 +173,7 @@ class Detector:
 
         Args:
             images: a path, an (H, W, 3) or (H, W) uint8 array, a PIL image; or a list of them.
+                Files are turned upright by their EXIF data, PIL images are taken as they are.
             batch_size: images that the model gets at a time. They are padded to one size.
 
         Returns:
@@ -219,7 +221,7 @@ class Detector:
         if isinstance(image, str | os.PathLike):
             return read_image(os.fspath(image), format="RGB")
         if isinstance(image, Image.Image):
-            return np.asarray(image.convert("RGB"))
+            return as_array(image)
         if image.dtype != np.uint8 or image.shape[2:] not in ((), (3,)):
             raise UserError(
                 f"an image is an array of {image.dtype} of the shape {image.shape}; uint8 of the "
@@ -273,10 +275,3 @@ def _metadata(names: list[str] | None) -> Metadata:
 def _last(opts: Sequence[str], key: str) -> str:
     """The value that ``opts`` give ``key``, empty if they do not."""
     return next((opts[i + 1] for i in reversed(range(0, len(opts) - 1, 2)) if opts[i] == key), "")
-
-
-def value_of(cfg: CfgNode, key: str) -> Any:
-    """The value of a key with dots, such as ``MODEL.DEVICE``."""
-    for name in key.split("."):
-        cfg = getattr(cfg, name)
-    return cfg

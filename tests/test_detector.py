@@ -77,6 +77,22 @@ def test_a_checkpoint_is_enough(folder):
     assert (detector(pixels[:, :, ::-1]).scores - wanted.scores).abs().max() > 1e-5
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16", "L"])
+def test_pil_images_of_any_mode_are_taken_as_their_files(folder, tmp_path, mode):
+    image = Image.open(folder / "photo.png")
+    if mode in ("RGBA", "LA"):
+        image = image.convert(mode)
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+    elif mode == "I;16":
+        image = Image.fromarray(np.asarray(image)[..., 0].astype(np.uint16) * 40)
+    else:
+        image = image.convert(mode)
+    assert image.mode == mode
+    image.save(tmp_path / "image.png")
+    detector = Detector(folder / "own.pth")
+    assert_same(detector(image), detector(tmp_path / "image.png"))
+
+
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_lists(folder, batch_size):
     detector = Detector(folder / "own.pth")

@@ -32,8 +32,9 @@ from ddetr_d2.checkpoint.architecture import (
 from ddetr_d2.checkpoint.files import local_path
 from ddetr_d2.checkpoint.formats import Weights, read_weights, to_contiguous
 from ddetr_d2.checkpoint.writing import Output, to_reference, write_checkpoint, write_transformers
-from ddetr_d2.detector import nearest_configuration, value_of
+from ddetr_d2.detector import nearest_configuration
 from ddetr_d2.engine import setup_cfg
+from ddetr_d2.engine.setup import value_of
 from ddetr_d2.errors import UserError, exit_on_user_error
 
 

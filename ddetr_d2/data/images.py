@@ -86,8 +86,18 @@ def read_image(path: str | Path, format: str = "RGB") -> np.ndarray:
         raise UserError(f"image file {path} cannot be opened: {error.strerror}") from error
     image = _load(encoded, path)
     scale_colour(image, encoded, str(path))
-    image = scale_grey(_apply_exif_orientation(image), str(path))
-    return convert_PIL_to_numpy(_lay_on_white(image), format)
+    return as_array(_apply_exif_orientation(image), format, str(path))
+
+
+def as_array(image: Image.Image, format: str = "RGB", name: str = "an image") -> np.ndarray:
+    """Convert a Pillow image as :func:`read_image` converts those of files, but for EXIF data.
+
+    Args:
+        image: of any mode.
+        format: as in :func:`read_image`.
+        name: what to call it in the log.
+    """
+    return convert_PIL_to_numpy(_lay_on_white(scale_grey(image, name)), format)
 
 
 def _load(encoded: bytes, path: str | Path) -> Image.Image:

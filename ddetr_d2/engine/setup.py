@@ -130,13 +130,13 @@ def _check_keys(content: dict[str, Any], cfg: CfgNode, source: str) -> None:
         if key not in known:
             raise UserError(_unknown_key(key, cfg, source))
         _check_list(
-            key, _value(content, key), cfg, f"{key.split('.')[-1]}: ({{value!r}},) in {source}"
+            key, value_of(content, key), cfg, f"{key.split('.')[-1]}: ({{value!r}},) in {source}"
         )
 
 
 def _check_list(key: str, value: Any, cfg: CfgNode, remedy: str) -> None:
     """Refuse one value where a list of them is expected."""
-    if not isinstance(_value(cfg, key), list | tuple):
+    if not isinstance(value_of(cfg, key), list | tuple):
         return
     if isinstance(value, str):  # Detectron2 reads lists out of texts
         with contextlib.suppress(ValueError, SyntaxError):
@@ -147,7 +147,8 @@ def _check_list(key: str, value: Any, cfg: CfgNode, remedy: str) -> None:
         )
 
 
-def _value(node: dict[str, Any], key: str) -> Any:
+def value_of(node: dict[str, Any], key: str) -> Any:
+    """The value of a key with dots, such as ``MODEL.DEVICE``, in a configuration."""
     for name in key.split("."):
         node = node[name]
     return node

@@ -255,11 +255,6 @@ def _check(node: CfgNode, features: list[str]) -> None:
             f"{prefix}IN_FEATURES names {', '.join(absent)}, but the backbone gives "
             f"{', '.join(features)}; see MODEL.RESNETS.OUT_FEATURES."
         )
-    if not 1 <= len(node.IN_FEATURES) <= node.NUM_FEATURE_LEVELS:
-        raise UserError(
-            f"{prefix}NUM_FEATURE_LEVELS is {node.NUM_FEATURE_LEVELS}, but there are "
-            f"{len(node.IN_FEATURES)} IN_FEATURES; give at least one feature and as many levels."
-        )
     for divisor, reason in ((4, "sines and cosines of x and y"), (node.NUM_HEADS, "NUM_HEADS")):
         if divisor < 1 or node.HIDDEN_DIM % divisor:
             raise UserError(
