@@ -80,6 +80,12 @@ def correct_cuda_home() -> None:
         os.environ.setdefault("CUDA_HOME", str(usual))
 
 
+def strip_args() -> list[str]:
+    """Linux Pythons compile extensions with -g: symbols make the library ten times as large."""
+    debug = any(word.startswith("-g") for word in os.environ.get("CFLAGS", "").split())
+    return ["-Wl,--strip-all"] if sys.platform == "linux" and not debug else []
+
+
 def extension():
     correct_cuda_home()  # Before torch looks at it.
     try:
@@ -110,7 +116,7 @@ def extension():
         [str(source) for source in sources],
         depends=[str(header) for header in sorted(CSRC.rglob("*.h")) + sorted(CSRC.rglob("*.cuh"))],
         extra_compile_args=compile_args,
-        extra_link_args=["-fopenmp"],
+        extra_link_args=["-fopenmp", *strip_args()],
     )
 
 
