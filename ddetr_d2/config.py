@@ -98,6 +98,13 @@ def add_deformable_detr_config(cfg: CN) -> None:
     # Shortest sides before a random crop (INPUT.CROP), one of them chosen at random.
     cfg.INPUT.CROP.MIN_SIZE_TRAIN = (400, 500, 600)
 
+    # How test-time augmentation (TEST.AUG) merges the detections of one class on an image and its
+    # copies: "nms" drops those whose IoU with a better one is above NMS_THRESH, "soft_nms" lowers
+    # their scores, the more the smaller SOFT_NMS_SIGMA is.
+    cfg.TEST.AUG.MERGE = "nms"
+    cfg.TEST.AUG.NMS_THRESH = 0.5
+    cfg.TEST.AUG.SOFT_NMS_SIGMA = 0.5
+
     # Share of the training images that may turn out to be unreadable before the run stops.
     cfg.DATALOADER.MAX_UNREADABLE = 0.01
 

@@ -31,6 +31,7 @@ from .data.images import as_array
 from .engine.setup import saved_cfg, setup_cfg, value_of
 from .errors import UserError
 from .modeling import prepare_for_inference
+from .modeling.test_time_augmentation import SetDetectorWithTTA, keep_original_size
 from .visualization import draw_detections
 
 ImageLike = str | os.PathLike | np.ndarray | Image.Image
@@ -128,7 +129,7 @@ class Detector:
         cfg: the configuration.
         class_names: names of the classes, None where nothing tells them.
         metadata: names and colours of the classes, as Detectron2's visualizers take them.
-        model: prepared for inference.
+        model: prepared for inference; with ``TEST.AUG.ENABLED``, with test-time augmentation.
     """
 
     def __init__(
@@ -163,8 +164,12 @@ class Detector:
         self.cfg.freeze()
         self.metadata = _metadata(self.class_names)
         self.model = prepare_for_inference(configured.build())
+        input_cfg = self.cfg
+        if self.cfg.TEST.AUG.ENABLED:
+            self.model = SetDetectorWithTTA(self.cfg, self.model)
+            input_cfg = keep_original_size(self.cfg)
         self._array_format = array_format
-        self._augmentation = T.AugmentationList(build_augmentation(self.cfg, is_train=False))
+        self._augmentation = T.AugmentationList(build_augmentation(input_cfg, is_train=False))
 
     def __call__(
         self, images: ImageLike | Sequence[ImageLike], batch_size: int = 1

@@ -23,6 +23,7 @@ from ..data.loader import TrainLoader, build_train_loader
 from ..errors import UserError
 from ..evaluation import CocoBoxEvaluator
 from ..main_process import on_main_process
+from ..modeling import test_time_augmentation as tta
 from . import heartbeat
 from .hooks import BestCheckpointer, PeriodicSaving
 from .not_finite import explain
@@ -51,6 +52,8 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode):
+        if cfg.TEST.AUG.ENABLED:
+            tta.check(cfg)
         TrainerBase.__init__(self)  # DefaultTrainer's parts are built here, in its order
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
@@ -263,6 +266,9 @@ class Trainer(DefaultTrainer):
     def evaluate(self) -> dict[str, Any]:
         """Evaluate the model, and the moving average of its weights if there is one.
 
+        With ``TEST.AUG.ENABLED`` that is done once more with test-time augmentation after the
+        last step.
+
         Random generators are left as they were: what an evaluation draws from them depends on the
         number of data workers.
 
@@ -285,7 +291,11 @@ class Trainer(DefaultTrainer):
             restore_random_state(before)
 
     def _evaluate(self) -> dict[str, Any]:
-        results = dict(self.test(self.cfg, same_everywhere(unwrapped(self.model))))
+        augmented = self.cfg.TEST.AUG.ENABLED and self.iter >= self.max_iter
+        model = same_everywhere(unwrapped(self.model))
+        results = dict(self.test(self.cfg, model))
+        if augmented:
+            results |= self.test_with_TTA(self.cfg, model)
         if self._trainer.ema is not None:
             logger.info("Evaluation of the moving average of the weights:")
             averaged = same_everywhere(self._trainer.ema.module)
@@ -293,9 +303,26 @@ class Trainer(DefaultTrainer):
                 self.build_evaluator(self.cfg, name, "inference_ema")
                 for name in self.cfg.DATASETS.TEST
             ]
-            results["ema"] = self.test(self.cfg, averaged, evaluators)
+            results["ema"] = dict(self.test(self.cfg, averaged, evaluators))
+            if augmented:
+                results["ema"] |= self.test_with_TTA(self.cfg, averaged, "inference_ema_TTA")
         self._last_eval_results = results
         return results
+
+    @classmethod
+    def test_with_TTA(
+        cls, cfg: CfgNode, model: nn.Module, folder: str = "inference_TTA"
+    ) -> dict[str, Any]:
+        """Evaluate with test-time augmentation (TEST.AUG).
+
+        Returns:
+            what :meth:`test` returns, with ``_TTA`` added to the keys.
+        """
+        logger.info("Evaluation with test-time augmentation:")
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        model = tta.SetDetectorWithTTA(cfg, model)
+        results = cls.test(tta.keep_original_size(cfg), model, evaluators)
+        return {f"{key}_TTA": value for key, value in results.items()}
 
     @property
     def _metrics_file(self) -> str:
