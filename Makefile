@@ -54,7 +54,8 @@ soak: $(COMPILED)
 lint: $(INSTALLED)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.cpp %.cu %.h %.cuh,$(CSRC))
+	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.cpp %.cu %.h %.cuh,$(CSRC)) \
+		$(wildcard tests/layers/*.cpp tests/layers/*.h)
 
 $(INSTALLED): $(REQUIREMENTS) $(DETECTRON2)
 	@test -n '$(PYTHON)' || { echo 'error: no Python 3.11 or newer was found:' \

@@ -1,12 +1,12 @@
 // Runs the CUDA kernels of one case on a CPU: cuda_on_cpu CASE RESULT. What the two files have in
 // them stands in test_cuda_on_cpu.py.
+#include "cuda_on_cpu.h"
+
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
 #include <cmath>
 #include <fstream>
-
-#include "cuda_on_cpu.h"
 // After that, since other headers look for it too.
 #define __CUDA_ARCH__ TEST_CUDA_ARCH
 #include "cuda/kernels.cuh"
@@ -62,11 +62,11 @@ void run(const Case& c, const CudaCall& call, const Levels& levels, std::ifstrea
   for (const bool in_order : {false, true}) {
     Array<acc_t> grad_value(values, 0);
     Array<location_t> grad_locations(2 * samples), grad_weights(samples);
-    cuda_on_cpu::launch(
-        blocks(call.batch * c.heads * (in_order ? c.levels : c.queries)), c.threads,
-        ddetr_d2::backward_kernel<scalar_t, acc_t, location_t, kVector>, call, levels, in_order,
-        grad_output.at.get(), value.at.get(), locations.at.get(), weights.at.get(),
-        grad_value.at.get(), grad_locations.at.get(), grad_weights.at.get());
+    cuda_on_cpu::launch(blocks(call.batch * c.heads * (in_order ? c.levels : c.queries)), c.threads,
+                        ddetr_d2::backward_kernel<scalar_t, acc_t, location_t, kVector>, call,
+                        levels, in_order, grad_output.at.get(), value.at.get(), locations.at.get(),
+                        weights.at.get(), grad_value.at.get(), grad_locations.at.get(),
+                        grad_weights.at.get());
     grad_value.write(out);
     grad_locations.write(out);
     grad_weights.write(out);

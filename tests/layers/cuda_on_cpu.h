@@ -132,8 +132,8 @@ T exchange(const char* name, unsigned mask, T number, unsigned source, unsigned 
   if (last_of_mask >= current->threads) fail("the mask is larger than the block", where);
   Meeting& meeting = current->shuffles[first_of_mask];
   const Call call{name, where.line(), where.column(), mask, width, sizeof(T)};
-  const unsigned round = current->meet(
-      meeting, static_cast<unsigned>(__builtin_popcount(mask)), call, where, &number);
+  const unsigned round =
+      current->meet(meeting, static_cast<unsigned>(__builtin_popcount(mask)), call, where, &number);
   T result;
   std::memcpy(&result, meeting.number[round % 2][source], sizeof(T));
   return result;

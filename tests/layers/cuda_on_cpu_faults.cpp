@@ -66,15 +66,33 @@ int main(int, char** arguments) {
       for (int i = 0; i < kThreads; ++i) right = right && result[i] == i / 8 * 64 + 28;
       return right ? 0 : 1;
     }
-    case 1: run(share_kernel<false>); break;
-    case 2: run(sum_kernel<8, 21>); break;
-    case 3: run(sum_kernel<7, -1>); break;
-    case 4: run(sum_kernel<9, -1>); break;
-    case 5: run(two_calls_kernel); break;
-    case 6: run(early_return_kernel); break;
-    case 7: run(beyond_the_end_kernel); break;
-    case 8: run(plain_sum_kernel); break;
-    case 9: run(misaligned_kernel); break;
+    case 1:
+      run(share_kernel<false>);
+      break;
+    case 2:
+      run(sum_kernel<8, 21>);
+      break;
+    case 3:
+      run(sum_kernel<7, -1>);
+      break;
+    case 4:
+      run(sum_kernel<9, -1>);
+      break;
+    case 5:
+      run(two_calls_kernel);
+      break;
+    case 6:
+      run(early_return_kernel);
+      break;
+    case 7:
+      run(beyond_the_end_kernel);
+      break;
+    case 8:
+      run(plain_sum_kernel);
+      break;
+    case 9:
+      run(misaligned_kernel);
+      break;
   }
   return 0;
 }
