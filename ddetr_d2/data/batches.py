@@ -19,10 +19,10 @@ _SHUFFLING, _ROUNDING = 0, 1
 
 
 class Sample(NamedTuple):
-    """One sample of the stream: its position, and which record of the data set it is."""
+    """One sample of the stream: its position, and the index of its record in the data set."""
 
     position: int
-    index: int
+    record: int
 
 
 def random_words(count: int, seed: int, *key: int) -> np.ndarray:

@@ -53,8 +53,8 @@ def scale_colour(image: Image.Image, encoded: bytes, name: str) -> None:
     """
     if image.format not in _DEEP_COLOUR or image.mode not in ("RGB", "RGBA", "LA"):
         return
-    colours = image.getextrema()[: len(image.mode.rstrip("A"))]
-    if max(high for _, high in colours) > 64:  # more than 14 bits
+    extrema = np.reshape(image.getextrema(), (-1, 2))[: len(image.mode.rstrip("A"))]
+    if extrema[:, 1].max() > 64:  # more than 14 bits
         return
     values = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED)
     if values is None or values.dtype != np.uint16 or values.ndim != 3:

@@ -296,9 +296,9 @@ class _MappedSamples(Dataset):
 
     def _candidates(self, sample: Sample) -> Iterator[int]:
         """The record itself, and then others, the same ones for the same position."""
-        yield sample.index
+        yield sample.record
         others = permutation(len(self._records), self._seed, _REPLACEMENT, sample.position)
-        yield from others[others != sample.index][:_MAX_REPLACEMENTS].tolist()
+        yield from others[others != sample.record][:_MAX_REPLACEMENTS].tolist()
 
 
 @contextlib.contextmanager
@@ -348,7 +348,7 @@ def _leave_signals_to_main_process(worker: int) -> None:
     """
     main_process = multiprocessing.parent_process()
     # PyTorch's workers notice when it is gone, but not if it went before they began.
-    if not main_process.is_alive():
+    if main_process is None or not main_process.is_alive():
         os._exit(0)
     # What was inherited is left alone by the garbage collector, and so stays shared memory.
     gc.freeze()

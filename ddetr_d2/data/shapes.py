@@ -14,7 +14,7 @@ SPLITS = ("train", "val")
 
 _SUPERSAMPLING = 4
 # Sides of an object's box in pixels, about COCO's small, medium and large, and how often each is.
-_SIDES = ((24, 32), (32, 96), (96, 160))
+_SIDES = ((24.0, 32.0), (32.0, 96.0), (96.0, 160.0))
 _SIDE_WEIGHTS = (0.2, 0.5, 0.3)
 _MIN_INSIDE = 0.75  # of an object's extent, inside the image
 _MIN_VISIBLE = 0.6  # of an object's pixels, not covered by later objects

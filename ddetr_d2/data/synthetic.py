@@ -95,7 +95,8 @@ def _is_complete(output: Path, split: str, count: int, options: SyntheticOptions
 
 
 def _write_split(output: Path, split: str, count: int, options: SyntheticOptions) -> None:
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for index in tqdm(range(count), desc=f"synthetic {split}", unit="image"):
         image, objects = draw_image(options, split, index)
         name = f"{index:06d}.jpg"

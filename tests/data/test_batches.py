@@ -10,7 +10,7 @@ from ddetr_d2.data.batches import BatchOrder, permutation
 
 
 def indices(order: BatchOrder, count: int, step: int = 0) -> list[list[int]]:
-    return [[s.index for s in batch] for batch in itertools.islice(order.batches(step), count)]
+    return [[s.record for s in batch] for batch in itertools.islice(order.batches(step), count)]
 
 
 def test_an_epoch_has_each_image_once_and_drops_the_incomplete_batch():

@@ -85,7 +85,7 @@ class CocoAnnotations:
         Args:
             class_of: the model's class of each category id; boxes of others are left out.
         """
-        records = [
+        records: list[dict] = [
             {
                 "file_name": image.path,
                 "image_id": image.id,

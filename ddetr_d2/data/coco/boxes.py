@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -30,7 +30,7 @@ def read_boxes(rows: Sequence[AnnotationRow], changes: Counter[str]) -> np.ndarr
         boxes = np.empty(0)
     if boxes.shape != (len(rows), 4):
         boxes = np.array([_four_numbers(row.bbox) for row in rows], dtype=float).reshape(-1, 4)
-    for index in np.flatnonzero(np.isnan(boxes).any(axis=1)):
+    for index in np.flatnonzero(np.isnan(boxes).any(axis=1)).tolist():
         box = box_of_segmentation(rows[index].segmentation)
         if box is not None:
             boxes[index] = box
@@ -142,20 +142,20 @@ def usable(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, dict[str, 
 
 
 def left_out(
-    reasons: dict[str, np.ndarray], rows: Sequence[AnnotationRow], images: Sequence[str]
+    reasons: dict[str, np.ndarray], rows: Sequence[AnnotationRow], image: Callable[[int], str]
 ) -> dict[str, LeftOut]:
     """Count the boxes that each reason holds for.
 
     Args:
         reasons: (B,) bool each.
         rows: the annotations.
-        images: of each annotation its image, in words.
+        image: from the index of an annotation to its image, in words.
     """
     result = {}
     for reason, holds in reasons.items():
-        indices = np.flatnonzero(holds)
-        if len(indices):
+        indices = np.flatnonzero(holds).tolist()
+        if indices:
             row = rows[indices[0]]
-            words = f"annotation {short(row.id)}, {short(row.bbox)} in image {images[indices[0]]}"
+            words = f"annotation {short(row.id)}, {short(row.bbox)} in image {image(indices[0])}"
             result[reason] = LeftOut(len(indices), words)
     return result

@@ -9,12 +9,12 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 from urllib.parse import unquote
 
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import get_cache_dir
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 from tqdm import tqdm
 
 from ..images import readable_formats
@@ -57,17 +57,18 @@ def find_image_files(root: str, names: Sequence[str]) -> tuple[list[str | None],
     """
     # One listing of each folder: asking for 100,000 files one by one takes minutes on a network
     # file system.
-    paths: list[str | None] = [os.path.join(root, name) for name in names]
+    literal = [os.path.join(root, name) for name in names]
     folders: dict[str, set[str]] = {}
-    for path in paths:
+    for path in literal:
         folder = os.path.dirname(path)
         if folder not in folders:
             folders[folder] = set(PathManager.ls(folder)) if PathManager.isdir(folder) else set()
     missing = [
         index
-        for index, path in enumerate(paths)
+        for index, path in enumerate(literal)
         if os.path.basename(path) not in folders[os.path.dirname(path)]
     ]
+    paths: list[str | None] = [*literal]
     if not missing:
         return paths, 0
     for index in missing:
@@ -76,9 +77,9 @@ def find_image_files(root: str, names: Sequence[str]) -> tuple[list[str | None],
     found = {name: _look_up(name, known) for name in {names[index] for index in missing}}
     times = Counter(found.values())
     for index in missing:
-        path = found[names[index]]
-        if path is not None and times[path] == 1 and path not in taken:
-            paths[index] = path
+        elsewhere = found[names[index]]
+        if elsewhere is not None and times[elsewhere] == 1 and elsewhere not in taken:
+            paths[index] = elsewhere
     return paths, sum(paths[index] is not None for index in missing)
 
 
@@ -191,14 +192,14 @@ def read_header(path: str) -> ImageHeader:
     return ImageHeader(width, height, orientation)
 
 
-def _exif(image: Image.Image) -> Image.Exif:
+def _exif(image: ImageFile.ImageFile) -> Image.Exif:
     # To look for EXIF data behind the pixels of a PNG file, Pillow decodes it. Few have it there.
-    if image.format == "PNG" and not _has_text_behind_pixels(image.fp):
+    if image.format == "PNG" and image.fp and not _has_text_behind_pixels(image.fp):
         return Image.Image.getexif(image)
     return image.getexif()
 
 
-def _has_text_behind_pixels(file: BinaryIO) -> bool:
+def _has_text_behind_pixels(file: IO[bytes]) -> bool:
     """Whether a PNG file has texts or EXIF data behind its pixels; leaves it where it was."""
     position, kinds = file.tell(), [b""]
     file.seek(8)

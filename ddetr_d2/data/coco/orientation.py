@@ -8,7 +8,7 @@ from .image_files import ImageHeader
 
 
 def annotated_as_stored(
-    headers: Sequence[ImageHeader], sizes: Sequence[tuple[int, int] | None]
+    headers: Sequence[ImageHeader], sizes: Sequence[tuple[float, float] | None]
 ) -> list[bool]:
     """Which images were annotated as stored, and not upright, told by the annotated sizes.
 

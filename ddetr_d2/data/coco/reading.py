@@ -231,10 +231,10 @@ def _images(
                 stored
             )
         turned = [(h, size) for h, size in zip(headers, sizes, strict=True) if h.orientation != 1]
-        told = any(size in (h[:2], h.upright) and h[:2] != h.upright for h, size in turned)
+        told = any(h[:2] != h.upright and size in (h[:2], h.upright) for h, size in turned)
         if turned and not told:
             changes["images turned by EXIF data were taken as annotated upright"] += len(turned)
-        sizes = [header.upright for header in headers]
+        known: Sequence[tuple[float, float]] = [header.upright for header in headers]
     else:
         stored = [False] * len(rows)
         unknown = [
@@ -248,13 +248,14 @@ def _images(
                 f"{agreeing(len(unknown), 'have no')} 'width' and 'height', "
                 f"and cannot be asked for them: {_first(unknown)}"
             )
+        known = [size for size in sizes if size is not None]
     return [
-        CocoImage(id, row.file_name, path, *map(int, size))
-        for (id, row), path, size in zip(rows.items(), paths, sizes, strict=True)
+        CocoImage(id, row.file_name, path, int(width), int(height))
+        for (id, row), path, (width, height) in zip(rows.items(), paths, known, strict=True)
     ], stored
 
 
-def _size(row: ImageRow) -> tuple[int, int] | None:
+def _size(row: ImageRow) -> tuple[float, float] | None:
     width, height = number(row.width), number(row.height)
     # A size with a fraction agrees with no image file, and is refused with both numbers.
     return (width, height) if 0 < width < math.inf and 0 < height < math.inf else None
@@ -279,16 +280,13 @@ def _keep_usable(annotations: CocoAnnotations, rows: Sequence[AnnotationRow]) ->
     return np.flatnonzero(kept)
 
 
-class _Names(Sequence[str]):
+class _Names:
     """Of each annotation its image, in words, made when it is asked for."""
 
     def __init__(self, images: Sequence[CocoImage], index: np.ndarray):
         self._images, self._index = images, index
 
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __getitem__(self, position: int) -> str:
+    def __call__(self, position: int) -> str:
         image = self._images[self._index[position]]
         return f"{shown(image.file_name)} of {image.width} x {image.height} pixels"
 

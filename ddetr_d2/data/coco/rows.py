@@ -57,11 +57,11 @@ class CategoryRow(msgspec.Struct, gc=False):
 
 
 class Rows(msgspec.Struct):
-    """The lists of a COCO instances file; None where one is absent."""
+    """The lists of a COCO instances file; ``annotations`` is None where it is absent."""
 
-    images: list[ImageRow] | None = None
+    images: list[ImageRow]
+    categories: list[CategoryRow]
     annotations: list[AnnotationRow] | None = None
-    categories: list[CategoryRow] | None = None
 
 
 _Row = TypeVar("_Row", ImageRow, AnnotationRow, CategoryRow)
@@ -74,19 +74,13 @@ def read_rows(source: CocoSource) -> Rows:
         UserError: the file is missing, unreadable, no JSON, or no COCO instances file.
     """
     content = _read_bytes(source)
-    rows = Rows()
     # What goes wrong here is read again, more slowly, by what knows NaN and where a mistake is.
     with (
         _no_garbage_collection(),
         contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError),
     ):
-        rows = msgspec.json.decode(content, type=Rows)
-    if rows.images is None or rows.categories is None:
-        rows = _from_objects(source, _parse(source, content))
-    for key in ("images", "categories"):
-        if getattr(rows, key) is None:
-            raise UserError(f"{source}: no COCO instances file, it has no {key!r}")
-    return rows
+        return msgspec.json.decode(content, type=Rows)
+    return _from_objects(source, _parse(source, content))
 
 
 def _read_bytes(source: CocoSource) -> bytes:
@@ -157,11 +151,13 @@ def _from_objects(source: CocoSource, content: Any) -> Rows:
             f"{source}: no COCO instances file: its top level is a {type(content).__name__}, not "
             "an object with 'images', 'annotations' and 'categories'"
         )
-    return Rows(
-        images=_rows_of(source, content, "images", ImageRow),
-        annotations=_rows_of(source, content, "annotations", AnnotationRow),
-        categories=_rows_of(source, content, "categories", CategoryRow),
-    )
+    images = _rows_of(source, content, "images", ImageRow)
+    annotations = _rows_of(source, content, "annotations", AnnotationRow)
+    categories = _rows_of(source, content, "categories", CategoryRow)
+    if images is None or categories is None:
+        absent = "images" if images is None else "categories"
+        raise UserError(f"{source}: no COCO instances file, it has no {absent!r}")
+    return Rows(images, categories, annotations)
 
 
 def _rows_of(source: CocoSource, content: dict, key: str, kind: type[_Row]) -> list[_Row] | None:

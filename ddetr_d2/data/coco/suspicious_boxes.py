@@ -149,12 +149,12 @@ def _inside(corners: np.ndarray, sizes: np.ndarray, tolerance: float) -> np.ndar
     ``tolerance`` of the image's size."""
     margin = 1 + tolerance * sizes
     low, high = corners[:, :2], corners[:, 2:]
-    return ((low >= -margin) & (low < high) & (high <= sizes + margin)).all(axis=1)
+    return np.all((low >= -margin) & (low < high) & (high <= sizes + margin), axis=1)
 
 
 def share(holds: np.ndarray, verb: str) -> str:
     """``"3 of 10 boxes lie"`` for "lie", of as many boxes as (B,) ``holds`` has values."""
-    count = np.count_nonzero(holds)
+    count = int(np.count_nonzero(holds))
     return f"{count:,} of {counted(len(holds), 'box', 'boxes')} {agreeing(count, verb)}"
 
 
