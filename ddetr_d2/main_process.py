@@ -1,7 +1,7 @@
 """Decisions that the main process of a run takes for all of its processes."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from detectron2.utils import comm
 
@@ -18,7 +18,8 @@ def on_main_process(function: Callable[[], T]) -> T:
     Raises:
         UserError: in every process, if ``function`` raises it.
     """
-    result, error = None, None
+    result: Any = None
+    error: UserError | None = None
     if comm.is_main_process():
         try:
             result = function()
@@ -26,7 +27,8 @@ def on_main_process(function: Callable[[], T]) -> T:
             error = raised
     if comm.get_world_size() > 1:
         result, message = comm.all_gather((result, error and str(error)))[0]
-        error = error or (message and UserError(message))
+        if message and error is None:
+            error = UserError(message)
     if error:
         raise error
     return result

@@ -17,13 +17,13 @@ def coco_api() -> tuple[str, type, type]:
     built for every platform.
     """
     try:
-        from hotcoco import COCO, COCOeval
+        import hotcoco
     except ImportError:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
 
         return "pycocotools (hotcoco is faster but not installed)", COCO, COCOeval
-    return "hotcoco", COCO, COCOeval
+    return "hotcoco", hotcoco.COCO, hotcoco.COCOeval
 
 
 def box_precision(

@@ -1,7 +1,8 @@
 """The module of multi-scale deformable attention (paper, section 4.1, equation 3)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ class MSDeformAttn(nn.Module):
         self.num_levels = num_levels
         self.num_points = num_points
         # What samples and sums. Export puts formulations of standard operators in its place.
-        self.operator = ms_deform_attn
+        self.operator: Callable[..., Tensor] = ms_deform_attn
 
         samples = num_heads * num_levels * num_points
         self.sampling_offsets = nn.Linear(embed_dim, samples * 2)
@@ -112,13 +113,14 @@ class MSDeformAttn(nn.Module):
             value = value.masked_fill(padding_mask[..., None], 0.0)
         # Not by unflatten: the ONNX export of a trace takes its sizes for constants.
         value = value.view(*value.shape[:2], self.num_heads, -1)
-        levels = (spatial_shapes, level_start_index)
         if self.operator is ms_deform_attn and can_fuse(value):
-            output = ms_deform_attn_fused(value, *levels, reference_points, offsets, logits)
+            output = ms_deform_attn_fused(
+                value, spatial_shapes, level_start_index, reference_points, offsets, logits
+            )
         else:
             locations = self._locations(offsets, reference_points, spatial_shapes)
             weights = self._softmax(logits)
-            output = self.operator(value, *levels, locations, weights)
+            output = self.operator(value, spatial_shapes, level_start_index, locations, weights)
         return self.output_proj(output)
 
     def sampling(
@@ -184,7 +186,7 @@ class MSDeformAttn(nn.Module):
 
 def _level_sizes(spatial_shapes: Sequence[Sequence[int]], like: Tensor) -> Tensor:
     """(width, height) of each level as a tensor (L, 2) with the type and device of ``like``."""
-    sizes = [[width, height] for height, width in spatial_shapes]
+    sizes: list[list[Any]] = [[width, height] for height, width in spatial_shapes]
     if isinstance(sizes[0][0], Tensor):
         # In a trace, into which torch.tensor would write their present values.
         return torch.stack([torch.stack(size) for size in sizes]).to(like)

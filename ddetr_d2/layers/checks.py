@@ -106,20 +106,22 @@ def check_inputs(
         ("sampling_locations", sampling_locations),
         ("attention_weights", attention_weights),
     ):
-        require(
-            tensor.device == value.device,
-            lambda name=name, tensor=tensor: (
-                f"{name}: expected device {value.device} as value has, got {tensor.device}"
-            ),
-        )
-        require(
-            tensor.dtype in (value.dtype, accumulation_dtype(value)),
-            lambda name=name, tensor=tensor: (
-                f"{name}: expected type {value.dtype} as value has"
-                f"{', or float32' if value.dtype != accumulation_dtype(value) else ''}, "
-                f"got {tensor.dtype}"
-            ),
-        )
+        _check_like(value, name, tensor)
+
+
+def _check_like(value: Tensor, name: str, tensor: Tensor) -> None:
+    require(
+        tensor.device == value.device,
+        lambda: f"{name}: expected device {value.device} as value has, got {tensor.device}",
+    )
+    require(
+        tensor.dtype in (value.dtype, accumulation_dtype(value)),
+        lambda: (
+            f"{name}: expected type {value.dtype} as value has"
+            f"{', or float32' if value.dtype != accumulation_dtype(value) else ''}, "
+            f"got {tensor.dtype}"
+        ),
+    )
 
 
 def require(condition: bool, message: Callable[[], str]) -> None:

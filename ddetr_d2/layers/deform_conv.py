@@ -6,6 +6,8 @@ arguments and parameter names, so checkpoints fit, and run through
 deformable group and kernel point a (y, x) pair.
 """
 
+from typing import Any
+
 from detectron2.layers import Conv2d
 from detectron2.modeling.backbone import resnet
 from torch import Tensor
@@ -20,7 +22,7 @@ class DeformConv(Conv2d):
     into G groups with offsets of their own.
     """
 
-    def __init__(self, *args, deformable_groups: int = 1, bias: bool = False, **kwargs):
+    def __init__(self, *args: Any, deformable_groups: int = 1, bias: bool = False, **kwargs: Any):
         super().__init__(*args, bias=bias, **kwargs)
         self.deformable_groups = deformable_groups
 
@@ -54,7 +56,7 @@ class ModulatedDeformConv(DeformConv):
     Called with a mask; has a bias unless told otherwise.
     """
 
-    def __init__(self, *args, bias: bool = True, **kwargs):
+    def __init__(self, *args: Any, bias: bool = True, **kwargs: Any):
         super().__init__(*args, bias=bias, **kwargs)
 
 

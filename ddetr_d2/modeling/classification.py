@@ -159,8 +159,8 @@ class SoftmaxClasses:
         weights = logits.new_ones(outputs)
         weights[-1] = self.no_object_weight
         loss = F.cross_entropy(logits.flatten(0, 1), classes.flatten(), weights, reduction="sum")
-        matched, images = counts.matched.to(logits), counts.images.to(logits)
-        return loss / (matched + self.no_object_weight * (images * queries - matched))
+        boxes, images = counts.matched.to(logits), counts.images.to(logits)
+        return loss / (boxes + self.no_object_weight * (images * queries - boxes))
 
     def best(self, logits: Tensor, count: int) -> BestClasses:
         """The best class, "no object" aside, of each query.

@@ -60,7 +60,7 @@ class SetCriterion(nn.Module):
             groups.append(([proposals], objects))
             suffixes.append("_enc")
         cases = [(prediction, objects) for group, objects in groups for prediction in group]
-        losses = {}
+        losses: dict[str, Tensor] = {}
         for (prediction, objects), matches, suffix in zip(
             cases, self.matcher(*groups), suffixes, strict=True
         ):

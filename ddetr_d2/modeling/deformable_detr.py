@@ -55,6 +55,7 @@ class DeformableDETR(SetDetector):
         # Proposals bring sizes of their own; learned queries start from small boxes.
         first_bias = 0.0 if node.TWO_STAGE else -2.0
         later_heads = node.DEC_LAYERS - 1 if node.WITH_BOX_REFINE else 0
+        queries: EncoderProposals | LearnedQueries
         if node.TWO_STAGE:
             queries = EncoderProposals(node.NUM_QUERIES, node.HIDDEN_DIM, head(0.0))
         else:
@@ -79,7 +80,10 @@ class DeformableDETR(SetDetector):
             start_equal(encoder.layers)
             start_equal(decoder.layers)
         if node.HEADS_START_EQUAL:
-            heads = [*decoder.heads, *([queries.head] if node.TWO_STAGE else [])]
+            heads = [
+                *decoder.heads,
+                *([queries.head] if isinstance(queries, EncoderProposals) else []),
+            ]
             # The last box layer starts from zeros and the size bias of its own head.
             for name in ("class_embed", "bbox_embed.0", "bbox_embed.3"):
                 start_equal([head.get_submodule(name) for head in heads])
@@ -108,7 +112,8 @@ def level_projections(
         channels = hidden_dim
     for convolution in convolutions:
         nn.init.xavier_uniform_(convolution.weight)
-        nn.init.zeros_(convolution.bias)
+        if convolution.bias is not None:
+            nn.init.zeros_(convolution.bias)
     return [
         nn.Sequential(convolution, nn.GroupNorm(NORM_GROUPS, hidden_dim))
         for convolution in convolutions

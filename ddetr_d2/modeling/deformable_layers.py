@@ -52,9 +52,10 @@ class DeformableDecoderLayer(DecoderLayer):
         super().__init__(size, _attention(size, num_levels, num_points))
 
     def attend(
-        self, query: Tensor, reference: Tensor, memory: Tensor, levels: FeatureLevels
+        self, query: Tensor, reference: Tensor | None, memory: Tensor, levels: FeatureLevels
     ) -> Tensor:
         """See :meth:`DecoderLayer.attend`."""
+        assert reference is not None  # Deformable DETR's queries have one
         ratios = levels.valid_ratios[:, None].repeat(1, 1, 1, reference.shape[-1] // 2)
         return self.cross_attn(
             query,

@@ -106,9 +106,8 @@ class FeatureLevels:
 
 def _centers(height: int, width: int, size: Tensor) -> Tensor:
     """Centres (x, y) of a level's tokens over ``size`` (N, 2), width and height: (N, H * W, 2)."""
-    options = {"dtype": size.dtype, "device": size.device}
-    x = (torch.arange(width, **options) + 0.5) / size[:, :1]
-    y = (torch.arange(height, **options) + 0.5) / size[:, 1:]
+    x = (torch.arange(width, dtype=size.dtype, device=size.device) + 0.5) / size[:, :1]
+    y = (torch.arange(height, dtype=size.dtype, device=size.device) + 0.5) / size[:, 1:]
     x, y = x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)
     return torch.stack((x, y), dim=-1).flatten(1, 2)
 

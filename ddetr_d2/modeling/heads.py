@@ -1,7 +1,7 @@
 """Prediction heads and the type in which predictions travel."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +50,8 @@ def at_least_float(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def at_most(count: int, size: int | torch.SymInt | Tensor) -> int | torch.SymInt | Tensor:
-    """The smaller of a count and the size of a tensor.
+def at_most(count: int, size: int | torch.SymInt | Tensor) -> Any:
+    """The smaller of a count and the size of a tensor, of the size's type.
 
     The size is a symbol while a model is exported and a tensor while it is traced, and what it is
     at that time must not decide.

@@ -81,6 +81,8 @@ def _fold_batch_norm(convolution: Conv2d) -> None:
     norm = convolution.norm
     if not isinstance(norm, FrozenBatchNorm2d | nn.BatchNorm2d):
         return
+    if norm.running_mean is None or norm.running_var is None:  # it follows each batch instead
+        return
     weight, bias = fuse_conv_bn_weights(
         convolution.weight,
         convolution.bias,

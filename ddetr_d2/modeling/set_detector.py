@@ -8,11 +8,12 @@
 Projection and transformer are the member's own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
+from detectron2.modeling import Backbone
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 from torchvision.ops import box_convert
@@ -36,11 +37,15 @@ class SetDetector(nn.Module):
     to :func:`shared_arguments`.
     """
 
+    backbone: Backbone
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     @configurable
     def __init__(
         self,
         *,
-        backbone: nn.Module,
+        backbone: Backbone,
         projection: FeatureProjection,
         transformer: Transformer,
         criterion: SetCriterion,
@@ -52,7 +57,7 @@ class SetDetector(nn.Module):
     ):
         """
         Args:
-            backbone: a Detectron2 backbone, (N, 3, H, W) to a dict of features.
+            backbone: (N, 3, H, W) to a dict of features.
             projection: backbone features to the levels of the transformer.
             transformer: levels to predictions.
             criterion: predictions and targets to losses.
@@ -64,8 +69,10 @@ class SetDetector(nn.Module):
         """
         super().__init__()
         # Convolutions are faster with channels last, and tokens are made of it without a copy.
-        self.backbone = backbone.to(memory_format=torch.channels_last)
-        self.projection = projection.to(memory_format=torch.channels_last)
+        for module in (backbone, projection):
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.backbone = backbone
+        self.projection = projection
         self.transformer = transformer
         self.criterion = criterion
         self.in_features = in_features
@@ -240,8 +247,9 @@ def _classification(node: CfgNode) -> SigmoidClasses | SoftmaxClasses:
     return SoftmaxClasses(node.NO_OBJECT_WEIGHT)
 
 
-def start_equal(modules: Sequence[nn.Module]) -> None:
+def start_equal(modules: Iterable[nn.Module]) -> None:
     """Give all modules the weights of the first."""
+    modules = [*modules]
     for module in modules[1:]:
         module.load_state_dict(modules[0].state_dict())
 

@@ -57,7 +57,9 @@ def _draw_object_sizes(axes: Axes, boxes: np.ndarray, report: DataSetReport) -> 
     sizes = np.sqrt(boxes[:, 2] * boxes[:, 3])
     if len(sizes):
         sizes = np.maximum(sizes, 1)
-        axes.hist(sizes, bins=np.geomspace(sizes.min(), 1.01 * sizes.max(), 50), color=_BAR_COLOR)
+        axes.hist(
+            sizes, bins=[*np.geomspace(sizes.min(), 1.01 * sizes.max(), 50)], color=_BAR_COLOR
+        )
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -75,7 +77,7 @@ def _draw_objects_per_image(
 ) -> None:
     counts = annotations.objects_per_image()
     step = max(1, int(np.ceil((counts.max() + 1) / 50)))
-    axes.hist(counts, bins=np.arange(0, counts.max() + step + 1, step) - 0.5, color=_BAR_COLOR)
+    axes.hist(counts, bins=[*np.arange(0, counts.max() + step + 1, step) - 0.5], color=_BAR_COLOR)
     # A line far beyond the data would press it against the other border.
     if report.object_queries <= 2 * counts.max():
         axes.axvline(report.object_queries, color=_LINE_COLOR)
@@ -91,7 +93,9 @@ def _draw_aspects(axes: Axes, sizes: np.ndarray, boxes: np.ndarray) -> None:
         if len(values):
             ratios = np.log2(values[:, 0] / values[:, 1]).clip(-5, 5)
             weights = np.full(len(ratios), 1 / len(ratios))
-            axes.hist(ratios, bins=np.linspace(-5, 5, 61), weights=weights, alpha=0.6, label=label)
+            axes.hist(
+                ratios, bins=[*np.linspace(-5, 5, 61)], weights=weights, alpha=0.6, label=label
+            )
     axes.set_xticks(range(-4, 5, 2), ["1/16", "1/4", "1", "4", "16"])
     axes.set_xlabel("width / height")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.0%}"))
@@ -101,7 +105,8 @@ def _draw_aspects(axes: Axes, sizes: np.ndarray, boxes: np.ndarray) -> None:
 
 def _draw_image_sizes(axes: Axes, sizes: np.ndarray, report: DataSetReport) -> None:
     shapes, counts = np.unique(sizes, axis=0, return_counts=True)
-    axes.scatter(*shapes.T, s=10 + 200 * counts / counts.max(), color=_BAR_COLOR, alpha=0.5)
+    area = 10 + 200 * counts / counts.max()
+    axes.scatter(shapes[:, 0], shapes[:, 1], s=area, color=_BAR_COLOR, alpha=0.5)
     limit = 1.1 * shapes.max()
     axes.set(xlim=(0, limit), ylim=(0, limit), aspect="equal")
     axes.set_xlabel("width, pixels after the resize")
@@ -113,7 +118,7 @@ def _draw_positions(axes: Axes, boxes: np.ndarray, sizes: np.ndarray) -> None:
     centers = (boxes[:, :2] + boxes[:, 2:] / 2) / sizes
     # Enough objects in a cell for a pattern to show.
     cells = int(np.clip(np.sqrt(len(boxes) / 10), 5, _MOST_CELLS))
-    grid, *_ = np.histogram2d(*centers.T[::-1], bins=cells, range=((0, 1), (0, 1)))
+    grid, *_ = np.histogram2d(centers[:, 1], centers[:, 0], bins=cells, range=[(0, 1), (0, 1)])
     axes.imshow(grid, extent=(0, 1, 1, 0), cmap="viridis", aspect="auto")
     axes.set_xlabel("x / width of the image")
     axes.set_ylabel("y / height of the image")

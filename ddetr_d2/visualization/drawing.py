@@ -31,6 +31,9 @@ MIN_VIEW = 16  # pixels
 OPACITY = 0.85
 
 
+_Box = tuple[float, float, float, float]
+
+
 @dataclass(frozen=True)
 class SamplingPanel:
     """One panel of the picture.
@@ -43,7 +46,7 @@ class SamplingPanel:
 
     title: str
     points: SamplingPoints | HeatMap
-    box: tuple[float, float, float, float]
+    box: _Box
 
 
 def draw_sampling(image: np.ndarray, panels: Sequence[SamplingPanel]) -> np.ndarray:
@@ -69,9 +72,9 @@ def draw_sampling(image: np.ndarray, panels: Sequence[SamplingPanel]) -> np.ndar
         axes.set_axis_off()
     for axes, panel in zip(grid.flat, panels, strict=False):
         if isinstance(panel.points, HeatMap):
-            _draw_heat_map(axes, image, panel)
+            _draw_heat_map(axes, image, panel.points)
         else:
-            _draw_points(axes, image, panel, aspect)
+            _draw_points(axes, image, panel.points, panel.box, aspect)
         _draw_box(axes, panel.box)
         set_label_fonts([axes.set_title(panel.title, fontsize=11)])
         axes.tick_params(labelsize=8)
@@ -93,18 +96,18 @@ def _draw_image(
     axes.imshow(part, extent=(left, right, bottom, top))
 
 
-def _draw_box(axes: Axes, box: tuple[float, float, float, float]) -> None:
+def _draw_box(axes: Axes, box: _Box) -> None:
     x0, y0, x1, y1 = box
     axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color=MARKER, linewidth=2))
 
 
-def _draw_heat_map(axes: Axes, image: np.ndarray, panel: SamplingPanel) -> None:
+def _draw_heat_map(axes: Axes, image: np.ndarray, heat_map: HeatMap) -> None:
     height, width = image.shape[:2]
     # Without its own colours, which would mix with those of the weights.
     grey = np.asarray(Image.fromarray(image).convert("L").convert("RGB"))
     _draw_image(axes, grey, 0, 0, width, height)
-    covered_width, covered_height = panel.points.size
-    weights = panel.points.weights.numpy()
+    covered_width, covered_height = heat_map.size
+    weights = heat_map.weights.numpy()
     share = weights / weights.max()
     axes.imshow(
         share,
@@ -119,30 +122,36 @@ def _draw_heat_map(axes: Axes, image: np.ndarray, panel: SamplingPanel) -> None:
     axes.set_ylim(height, 0)
 
 
-def _draw_points(axes: Axes, image: np.ndarray, panel: SamplingPanel, aspect: float) -> None:
-    locations = panel.points.locations.flatten(0, -2).numpy()
-    weights = panel.points.weights.flatten().numpy()
+def _draw_points(
+    axes: Axes, image: np.ndarray, points: SamplingPoints, box: _Box, aspect: float
+) -> None:
+    locations = points.locations.flatten(0, -2).numpy()
+    weights = points.weights.flatten().numpy()
+    reference = points.reference.numpy()
     order = weights.argsort()  # the largest are drawn last
     locations, weights = locations[order], weights[order]
-    low, high = _view(locations, weights, panel, image.shape[:2], aspect)
+    seen = locations[weights >= NEGLIGIBLE * weights.max()]
+    seen = np.concatenate((seen, np.reshape(box, (2, 2)), reference[None]))
+    low, high = _view(seen, image.shape[:2], aspect)
 
     left, top = np.maximum(low, 0).astype(int)
     right, bottom = np.minimum(np.ceil(high).astype(int), image.shape[1::-1])
     _draw_image(axes, image, left, top, right, bottom)
     share = weights / weights[-1]
     axes.scatter(
-        *locations.T,
+        locations[:, 0],
+        locations[:, 1],
         c=share,
         s=16 + 44 * share,
         cmap=COLORS,
         vmin=0,
         vmax=1,
         # Dark points stand out from dark images, bright ones from bright images.
-        edgecolors=np.where(share < 0.5, "white", "black"),
+        edgecolors=np.where(share < 0.5, "white", "black").tolist(),
         linewidths=0.6,
     )
     axes.plot(
-        *panel.points.reference.tolist(),
+        *reference.tolist(),
         marker="+",
         markersize=14,
         markeredgewidth=2,
@@ -158,16 +167,9 @@ def _draw_points(axes: Axes, image: np.ndarray, panel: SamplingPanel, aspect: fl
 
 
 def _view(
-    locations: np.ndarray,
-    weights: np.ndarray,
-    panel: SamplingPanel,
-    image_size: tuple[int, int],
-    aspect: float,
+    seen: np.ndarray, image_size: tuple[int, int], aspect: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper (x, y) of what a panel shows: box and points, with a margin."""
-    seen = locations[weights >= NEGLIGIBLE * weights.max()]
-    box = np.reshape(panel.box, (2, 2))
-    seen = np.concatenate((seen, box, panel.points.reference[None].numpy()))
+    """Lower and upper (x, y) of a panel that shows the positions ``seen`` (P, 2), with a margin."""
     low, high = seen.min(0), seen.max(0)
     width, height = np.maximum(1.15 * (high - low), MIN_VIEW)
     size = np.array([max(width, height * aspect), max(height, width / aspect)])

@@ -111,7 +111,10 @@ class AttentionRecorder:
         return size / torch.stack([inside[0].float().mean(), inside[:, 0].float().mean()]).cpu()
 
     def _look(
-        self, attention: nn.Module, query: int, image_size: tuple[int, int]
+        self,
+        attention: MSDeformAttn | nn.MultiheadAttention,
+        query: int,
+        image_size: tuple[int, int],
     ) -> SamplingPoints | HeatMap:
         # An encoder layer that attends to each level by itself begins with the finest one.
         arguments = self._calls[attention][0]

@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import color_sequences
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -75,7 +75,7 @@ def _draw_sample(axes: Axes, annotations: CocoAnnotations, index: int, image: Im
     axes.imshow(image, extent=(0, record.width, record.height, 0))
     rows = np.flatnonzero(annotations.image_index == index)
     names = list(annotations.categories.values())
-    palette = np.array(colormaps["tab10" if len(names) <= 10 else "tab20"].colors)
+    palette = np.array(color_sequences["tab10" if len(names) <= 10 else "tab20"])
     largest_first = rows[np.argsort(-annotations.boxes[rows, 2:].prod(axis=1))]
     labelled: set[int] = set()
     for row in largest_first:
