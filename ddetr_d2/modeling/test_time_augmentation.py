@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.layers import batched_nms
 from detectron2.modeling import DatasetMapperTTA
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
-from torchvision.ops import box_iou
+from torchvision.ops import batched_nms, box_iou
 
 from ..errors import UserError
 
