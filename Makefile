@@ -25,7 +25,7 @@ help:
 	@echo 'make demo   set up, train a small detector on synthetic images, evaluate it, draw detections'
 	@echo 'make test   set up, run the tests'
 	@echo 'make lint   set up, check format and style'
-	@echo 'make bench  set up, time the operator and the model beside others (CPU)'
+	@echo 'make bench  set up, time operator, model, training and exports beside others (CPU, 20 minutes)'
 	@echo 'make sanitize  set up, test the CPU kernels under AddressSanitizer and UBSan'
 	@echo 'make soak   set up, train 2,000 steps on tiny images: does memory grow? (Linux, minutes)'
 	@echo 'make setup  install everything into $(VENV) and compile the operator'
@@ -42,8 +42,7 @@ test: $(COMPILED)
 
 bench: $(COMPILED)
 	mkdir -p output
-	$(PY) tools/benchmark_op.py --device cpu --json output/benchmark_op.json
-	$(PY) tools/benchmark_model.py --device cpu --json output/benchmark_model.json
+	$(PY) -m benchmarks --device cpu --json output/benchmarks.json
 
 sanitize: $(COMPILED)
 	PYTHON=$(PY) tools/sanitize.sh

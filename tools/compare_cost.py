@@ -21,20 +21,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from benchmarking import (
-    MEGABYTE,
-    Record,
-    Run,
-    describe,
-    environment,
-    note,
-    side_by_side,
-    wall_seconds,
-)
-from cost_cases import MEMBERS, PARTS, PASSES, build, case, peak_bytes
-from cost_figures import QUANTITIES, draw, rows_of, series, tables
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for benchmarks
+
+from cost_cases import MEMBERS, PARTS, PASSES, build, case, peak_bytes
+from cost_figures import QUANTITIES, draw, rows_of, series, tables
+
+from benchmarks.memory import MEGABYTE
+from benchmarks.report import Record, describe, environment, note
+from benchmarks.timing import Run, in_turns, wall_seconds
 from ddetr_d2.checkpoint.whole_files import whole_file
 from ddetr_d2.errors import UserError, exit_on_user_error
 
@@ -159,7 +155,7 @@ class Comparison:
             functions[member] = case(model, part, pass_, size_of(side))
             # The first call, which is not timed.
             memory[member] = peak_bytes(functions[member], self.device) / MEGABYTE
-        times = side_by_side(functions, self.rounds, bar, self.timer)
+        times = in_turns(functions, self.rounds, self.timer, bar.update)
         height, width = size_of(side)
         for member, seconds in times.items():
             self.records.append(

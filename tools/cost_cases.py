@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from benchmarking import Run, peak_gpu_memory
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.memory import peak_gpu_memory
+from benchmarks.timing import Run
 from ddetr_d2.engine import setup_cfg
 from ddetr_d2.modeling import SetDetector
 

@@ -9,9 +9,10 @@ import matplotlib
 
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
-from benchmarking import Record, table
 from cost_cases import MEMBERS, PARTS, PASSES
 from matplotlib.axes import Axes
+
+from benchmarks.report import Record, table
 
 # Exponents are fitted to sizes from this share of the largest short side on.
 UPPER_END = 0.5

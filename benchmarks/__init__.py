@@ -1,0 +1,1 @@
+"""Times and memory of this project beside others': ``python -m benchmarks``, docs/benchmarks.md."""
