@@ -144,7 +144,7 @@ class Case:
         if self.expected is not None:
             expected = self.expected()
         for name, make in self.make.items():
-            progress.set_description(f"{self.name}: {name}")
+            progress.set_description_str(f"{self.name}: {name}")
             try:
                 candidate = make()
             except ImportError as error:
@@ -170,7 +170,7 @@ class Case:
             if candidate.result is not candidate.run:
                 candidate.run()  # once untimed
             prepared[name] = candidate
-        progress.set_description(self.name)
+        progress.set_description_str(self.name)
         progress.update(self.seconds)
         return prepared, differences
 
