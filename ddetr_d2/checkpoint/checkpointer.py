@@ -33,6 +33,7 @@ from .whole_files import save_whole, whole_file
 
 # Parameters whose shape follows the number of classes.
 _CLASS_HEAD = "class_embed"
+_QUERIES = "transformer.queries.query_embed.weight"
 
 
 class DetrCheckpointer(DetectionCheckpointer):
@@ -43,8 +44,9 @@ class DetrCheckpointer(DetectionCheckpointer):
 
     A file with weights of the backbone only (ImageNet) loads into the backbone. A file with a
     detector must hold every parameter of the model in its shape, and no others. Only the class
-    heads may differ, in the number of classes or in the loss of the classes, when training starts
-    from another detector. Nothing is loaded from a file that does not fit.
+    heads may differ, in the number of classes or in the loss of the classes, and the number of
+    learned queries, when training starts from another detector. Nothing is loaded from a file that
+    does not fit.
     """
 
     def __init__(
@@ -207,6 +209,8 @@ class DetrCheckpointer(DetectionCheckpointer):
         settings = differences(weights.options, built)
         if CLASS_LOSS not in settings:
             state = self._match_classes(state, weights.class_names, expected, classes)
+        if not (self.strict or self._resuming):
+            state = self._match_queries(state, expected)
         misfit = compare(state, expected, weights.is_backbone and not self.strict)
         if not self.strict and all(_CLASS_HEAD in name for name in misfit.wrong):
             state = self._without_other_heads(state, misfit, CLASS_LOSS in settings)
@@ -268,6 +272,22 @@ class DetrCheckpointer(DetectionCheckpointer):
                 fresh[-1] = tensor[-1]
             state[name] = fresh
         return state
+
+    def _match_queries(self, state: State, expected: State) -> State:
+        """Keep as many learned queries as the model has; what it has beyond them starts anew."""
+        ours, theirs = expected.get(_QUERIES), state.get(_QUERIES)
+        if ours is None or theirs is None or len(ours) == len(theirs):
+            return state
+        if ours.shape[1:] != theirs.shape[1:]:  # which is refused later
+            return state
+        kept = min(len(ours), len(theirs))
+        queries = ours.detach().clone()
+        queries[:kept] = theirs[:kept]
+        logging.getLogger(__name__).warning(
+            f"{self._source} has {len(theirs)} queries, this model {len(ours)}: the first {kept} "
+            f"are kept, {len(ours) - kept} start anew."
+        )
+        return {**state, _QUERIES: queries}
 
     def _message(
         self, misfit: Misfit, weights: Weights, expected: State, built: dict[str, Any]

@@ -87,6 +87,29 @@ def test_more_classes_than_the_weights_have(tmp_path):
         assert torch.equal(tensor[[1, 3]], given[name][[2, 1]]), name
 
 
+@pytest.mark.parametrize("variant", ["deformable_detr", "detr"])
+@pytest.mark.parametrize("queries", [5, 20])
+def test_training_with_another_number_of_queries_keeps_those_that_fit(
+    variant, queries, tmp_path, caplog
+):
+    key = "MODEL.DEFORMABLE_DETR.NUM_QUERIES"
+    source = build(key, "12", variant=variant)
+    target = build(key, str(queries), variant=variant)
+    DetrCheckpointer(source, str(tmp_path)).save("twelve")
+    fresh = target.transformer.queries.query_embed.weight.detach().clone()
+    path = str(tmp_path / "twelve.pth")
+    with pytest.raises(UserError, match=f"{key} 12"):
+        DetrCheckpointer(target, strict=True).load(path)
+    with pytest.raises(UserError, match=f"{key} 12"):
+        DetrCheckpointer(target).load(path)  # of a run to be resumed
+    DetrCheckpointer(target).load(path, checkpointables=[])
+    kept = min(queries, 12)
+    assert f"the first {kept} are kept, {queries - kept} start anew" in caplog.text
+    got = target.transformer.queries.query_embed.weight
+    assert torch.equal(got[:kept], source.transformer.queries.query_embed.weight[:kept])
+    assert torch.equal(got[kept:], fresh[kept:])
+
+
 def test_a_run_is_resumed_with_its_classes(tmp_path):
     DetrCheckpointer(build(), str(tmp_path), class_names=["cat", "dog", "cow"]).save("pets")
     for names in (["dog", "cat", "cow"], ["cat", "dog", "sheep"]):
