@@ -13,12 +13,13 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 CSRC = Path("ddetr_d2", "layers", "csrc")
+# The stable ABI of torch 2.10: what is built against a newer one runs with all from this one on.
+OLDEST_TORCH = "0x020a000000000000"
 # Configurations lie at the top of a clone and within the package where it is installed.
 PACKAGES = {
     "packages": [*find_packages(include=["ddetr_d2*"]), "ddetr_d2.configs"],
@@ -41,9 +42,6 @@ def why_no_extension() -> str | None:
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
         return f"there is no C++ compiler {compiler!r}"
-    include = sysconfig.get_path("include")
-    if not Path(include, "Python.h").exists():
-        return f"Python's headers are not in {include} (package python3-dev)"
     return None
 
 
@@ -86,7 +84,8 @@ def strip_args() -> list[str]:
     return ["-Wl,--strip-all"] if sys.platform == "linux" and not debug else []
 
 
-def extension():
+def libraries() -> list:
+    """One with the schemas and the CPU kernels, and one with the CUDA kernels where they can be."""
     correct_cuda_home()  # Before torch looks at it.
     try:
         import torch
@@ -96,28 +95,33 @@ def extension():
             "ddetr_d2: torch is needed to build the operator. Install torch and torchvision first, "
             "then: pip install -e . --no-build-isolation"
         ) from None
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
+        raise SystemExit(f"ddetr_d2: torch 2.10 or newer is needed, found {torch.__version__}")
 
-    sources = sorted(CSRC.glob("*.cpp")) + sorted(CSRC.glob("cpu/*.cpp"))
-    # at::parallel_for is a header: without OpenMP it is a plain loop on one thread. torch brings
-    # the library.
-    compile_args = {"cxx": ["-O3", "-fopenmp", "-Wno-psabi"], "nvcc": ["-O3"]}
-    extension_class = CppExtension
+    def library(extension_class, name: str, sources: list[Path], compile_args: dict):
+        return extension_class(
+            f"ddetr_d2.layers.{name}",
+            [str(source) for source in sorted(sources)],
+            depends=[str(header) for header in sorted(CSRC.rglob("*.*h"))],
+            define_macros=[("TORCH_TARGET_VERSION", OLDEST_TORCH)],
+            extra_compile_args=compile_args,
+            extra_link_args=strip_args(),
+            py_limited_api=True,  # not linked to torch's library for one version of Python
+        )
+
+    compiler = ["-O3", "-fvisibility=hidden", "-Wno-psabi"]
+    sources = [*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")]
+    found = [library(CppExtension, "ops_cpu", sources, {"cxx": compiler})]
     reason = why_no_cuda()
     if reason is None:
-        sources += sorted(CSRC.glob("cuda/*.cu"))
-        extension_class = CUDAExtension
         if not torch.cuda.is_available():
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+        compile_args = {"cxx": compiler, "nvcc": ["-O3", "-DUSE_CUDA"]}
+        found.append(library(CUDAExtension, "ops_cuda", [*CSRC.glob("cuda/*.cu")], compile_args))
     say(
         "building CPU kernels" + (f", no CUDA kernels: {reason}" if reason else " and CUDA kernels")
     )
-    return extension_class(
-        "ddetr_d2._C",
-        [str(source) for source in sources],
-        depends=[str(header) for header in sorted(CSRC.rglob("*.h")) + sorted(CSRC.rglob("*.cuh"))],
-        extra_compile_args=compile_args,
-        extra_link_args=["-fopenmp", *strip_args()],
-    )
+    return found
 
 
 reason = why_no_extension()
@@ -125,8 +129,23 @@ if reason is not None:
     say(f"the operator is not compiled, its slower PyTorch form will be used: {reason}")
     setup(**PACKAGES)
 else:
-    # After extension(), which says what to do where torch is missing.
-    modules = [extension()]
+    # After libraries(), which says what to do where torch is missing.
+    modules = libraries()
+    from setuptools.command.bdist_wheel import bdist_wheel
     from torch.utils.cpp_extension import BuildExtension
 
-    setup(**PACKAGES, ext_modules=modules, cmdclass={"build_ext": BuildExtension})
+    class Wheel(bdist_wheel):
+        """For any Python: the libraries hold no Python modules."""
+
+        def get_tag(self):
+            return "py3", "none", super().get_tag()[2]
+
+    setup(
+        **PACKAGES,
+        ext_modules=modules,
+        # Names that PyTorch loads them by, without that of a Python in it.
+        cmdclass={
+            "build_ext": BuildExtension.with_options(no_python_abi_suffix=True),
+            "bdist_wheel": Wheel,
+        },
+    )

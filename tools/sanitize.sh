@@ -20,7 +20,7 @@ echo '==> Compiling'
 flags='-fsanitize=address,undefined,float-cast-overflow -fno-sanitize=vptr -fno-sanitize-recover=all'
 env -u FORCE_CUDA CUDA_VISIBLE_DEVICES= CFLAGS="$flags -fno-omit-frame-pointer -g1 -Wno-psabi" \
     "$python" setup.py build_ext --inplace > build.log 2>&1 || { tail -n 40 build.log; exit 1; }
-grep -q __asan_report ddetr_d2/_C.*.so || { echo 'error: the build has no sanitizers' >&2; exit 1; }
+grep -q __asan_report ddetr_d2/layers/ops_cpu.so || { echo 'error: the build has no sanitizers' >&2; exit 1; }
 
 preload=
 for library in libasan.so libubsan.so libstdc++.so.6; do

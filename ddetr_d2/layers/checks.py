@@ -13,34 +13,38 @@ def flat_shapes(spatial_shapes: Sequence[Sequence[int]] | Tensor) -> list[int]:
     if isinstance(spatial_shapes, Tensor):
         _check_integer_tensor("spatial_shapes", spatial_shapes)
         spatial_shapes = spatial_shapes.tolist()
-    require(
-        all(
-            isinstance(shape, Sequence)
-            and len(shape) == 2
-            and all(isinstance(size, int | torch.SymInt) for size in shape)
-            for shape in spatial_shapes
-        ),
-        lambda: (
-            f"spatial_shapes: expected one (height, width) of ints per level, got {spatial_shapes}"
-        ),
-    )
-    return [size for shape in spatial_shapes for size in shape]
+    # A plain loop: the rest of a call with one query takes but a few microseconds.
+    flat = []
+    try:
+        for height, width in spatial_shapes:
+            if not (type(height) is int is type(width) or _are_sizes(height, width)):
+                raise TypeError
+            flat += (height, width)
+    except (TypeError, ValueError):  # the latter where there are not two of them
+        raise ValueError(
+            "ms_deform_attn: spatial_shapes: expected one (height, width) of ints per level, "
+            f"got {spatial_shapes}"
+        ) from None
+    return flat
+
+
+def _are_sizes(*sizes) -> bool:
+    return all(isinstance(size, int | torch.SymInt) for size in sizes)
 
 
 def check_level_starts(level_start_index: Sequence[int] | Tensor, shapes: list[int]) -> None:
     if isinstance(level_start_index, Tensor):
         _check_integer_tensor("level_start_index", level_start_index)
         level_start_index = level_start_index.tolist()
-    expected = [0]
-    for height, width in zip(shapes[:-2:2], shapes[1:-2:2], strict=True):
-        expected.append(expected[-1] + height * width)
-    require(
-        list(level_start_index) == expected,
-        lambda: (
-            f"level_start_index: expected {expected}, which follows from spatial_shapes, "
-            f"got {list(level_start_index)}"
-        ),
-    )
+    expected, start = [], 0
+    for level in range(0, len(shapes), 2):
+        expected.append(start)
+        start += shapes[level] * shapes[level + 1]
+    if list(level_start_index) != (expected or [0]):
+        raise ValueError(
+            f"ms_deform_attn: level_start_index: expected {expected or [0]}, which follows from "
+            f"spatial_shapes, got {list(level_start_index)}"
+        )
 
 
 def _check_integer_tensor(name: str, tensor: Tensor) -> None:

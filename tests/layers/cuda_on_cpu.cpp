@@ -2,8 +2,8 @@
 // them stands in test_cuda_on_cpu.py.
 #include "cuda_on_cpu.h"
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <cmath>
 #include <fstream>

@@ -1,7 +1,5 @@
 """Inputs of the operator, and the definition that it is held to."""
 
-import importlib.util
-
 import pytest
 import torch
 from torch import nn
@@ -11,9 +9,11 @@ from ddetr_d2.layers import (
     ms_deform_attn,
     ms_deform_attn_reference,
 )
+from ddetr_d2.layers.ms_deform_attn import LIBRARIES
 
-LIBRARY = importlib.util.find_spec("ddetr_d2._C")  # None if the operator is not compiled
-needs_extension = pytest.mark.skipif(LIBRARY is None, reason="the operator is not compiled")
+needs_extension = pytest.mark.skipif(
+    not LIBRARIES[0].exists(), reason="the operator is not compiled"
+)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 IMPLEMENTATIONS = [ms_deform_attn, ms_deform_attn_reference]
 SHAPES = [(5, 7), (3, 4), (1, 1)]

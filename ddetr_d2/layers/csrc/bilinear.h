@@ -94,6 +94,11 @@ template <typename real, typename integer>
 DDETR_D2_HOST_DEVICE SampleGrad<real> sample_gradient(const Corners<real, integer>& corners,
                                                       real attention, real width, real height,
                                                       const real (&product)[4]) {
+  // A sample without pixels has no gradient, also where its weight is infinite or NaN. The sign of
+  // the conjunction says whether all places are negative.
+  const auto inside =
+      (corners.place[0] & corners.place[1] & corners.place[2] & corners.place[3]) >= 0;
+  attention = inside ? attention : real{};
   const real slope_top = product[1] - product[0];
   const real slope_bottom = product[3] - product[2];
   const real slope_left = product[2] - product[0];

@@ -2,11 +2,10 @@
 // the routes that do not come through here.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <c10/util/Exception.h>
-
 #include <cstdint>
 #include <limits>
+
+#include "tensors.h"
 
 namespace ddetr_d2 {
 
@@ -16,111 +15,118 @@ struct Sizes {
 };
 
 // Locations and weights are converted to this type: sums of 16 bit values are made in float.
-inline at::ScalarType accumulation_type(const at::Tensor& value) {
-  return value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+inline ScalarType accumulation_type(ScalarType value) {
+  return value == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline void check_like_value(const char* name, const at::Tensor& tensor, const at::Tensor& value,
+inline bool is_supported(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
+         type == ScalarType::BFloat16;
+}
+
+inline void check_device(const char* name, const Tensor& tensor, const Tensor& value) {
+  if (tensor.device() != value.device()) {
+    raise_value_error(name, ": expected device ", device_name(value), " as value has, got ",
+                      device_name(tensor));
+  }
+}
+
+inline void check_like_value(const char* name, const Tensor& tensor, const Tensor& value,
                              bool or_accumulation_type) {
-  TORCH_CHECK_VALUE(tensor.device() == value.device(), "ms_deform_attn: ", name,
-                    ": expected device ", value.device(), " as value has, got ", tensor.device());
-  TORCH_CHECK_VALUE(
-      tensor.scalar_type() == value.scalar_type() ||
-          (or_accumulation_type && tensor.scalar_type() == accumulation_type(value)),
-      "ms_deform_attn: ", name, ": expected type ", value.scalar_type(), " as value has",
-      or_accumulation_type && value.scalar_type() != accumulation_type(value) ? ", or Float" : "",
-      ", got ", tensor.scalar_type());
+  check_device(name, tensor, value);
+  const ScalarType type = tensor.scalar_type(), expected = value.scalar_type();
+  const ScalarType other = or_accumulation_type ? accumulation_type(expected) : expected;
+  if (type != expected && type != other) {
+    raise_value_error(name, ": expected type ", expected, " as value has",
+                      other == expected ? "" : ", or Float", ", got ", type);
+  }
 }
 
-inline Sizes check_inputs(const at::Tensor& value, at::IntArrayRef spatial_shapes,
-                          const at::Tensor& sampling_locations,
-                          const at::Tensor& attention_weights) {
-  TORCH_CHECK_VALUE(value.dim() == 4, "ms_deform_attn: value: expected shape (N, S, M, D), got ",
-                    value.sizes());
-  const auto type = value.scalar_type();
-  TORCH_CHECK_VALUE(
-      type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16,
-      "ms_deform_attn: value: expected float32, float64, float16 or bfloat16, got ", type);
-  check_like_value("value", value, value, false);
+inline Sizes check_inputs(const Tensor& value, IntArrayRef spatial_shapes,
+                          const Tensor& sampling_locations, const Tensor& attention_weights) {
+  const IntArrayRef sizes = value.sizes();
+  if (sizes.size() != 4) {
+    raise_value_error("value: expected shape (N, S, M, D), got ", text(sizes));
+  }
+  const ScalarType type = value.scalar_type();
+  if (!is_supported(type)) {
+    raise_value_error("value: expected float32, float64, float16 or bfloat16, got ", type);
+  }
   check_like_value("sampling_locations", sampling_locations, value, true);
   check_like_value("attention_weights", attention_weights, value, true);
 
   bool valid = !spatial_shapes.empty() && spatial_shapes.size() % 2 == 0;
   for (const int64_t size : spatial_shapes) valid = valid && size >= 1;
-  TORCH_CHECK_VALUE(valid,
-                    "ms_deform_attn: spatial_shapes: expected height and width, at least 1, of at "
-                    "least one level, got ",
-                    spatial_shapes);
-  int64_t unused_tokens = value.size(1);
+  if (!valid) {
+    raise_value_error(
+        "spatial_shapes: expected height and width, at least 1, of at least one level, got ",
+        text(spatial_shapes));
+  }
+  int64_t unused_tokens = sizes[1];
   for (size_t i = 0; valid && i < spatial_shapes.size(); i += 2) {
     // Divided, since the product of absurd sizes would overflow.
     valid = spatial_shapes[i] <= unused_tokens / spatial_shapes[i + 1];
     if (valid) unused_tokens -= spatial_shapes[i] * spatial_shapes[i + 1];
   }
-  TORCH_CHECK_VALUE(valid && unused_tokens == 0,
-                    "ms_deform_attn: value: expected S to be the sum of height * width over "
-                    "spatial_shapes ",
-                    spatial_shapes, ", got S = ", value.size(1));
+  if (!valid || unused_tokens != 0) {
+    raise_value_error("value: expected S to be the sum of height * width over spatial_shapes ",
+                      text(spatial_shapes), ", got S = ", sizes[1]);
+  }
 
   const int64_t levels = static_cast<int64_t>(spatial_shapes.size() / 2);
-  TORCH_CHECK_VALUE(
-      sampling_locations.dim() == 6 && sampling_locations.size(0) == value.size(0) &&
-          sampling_locations.size(2) == value.size(2) && sampling_locations.size(3) == levels &&
-          sampling_locations.size(5) == 2,
-      "ms_deform_attn: sampling_locations: expected shape (N, Q, M, L, K, 2) with N = ",
-      value.size(0), ", M = ", value.size(2), ", L = ", levels, ", got ",
-      sampling_locations.sizes());
-  TORCH_CHECK_VALUE(attention_weights.sizes() == sampling_locations.sizes().slice(0, 5),
-                    "ms_deform_attn: attention_weights: expected shape (N, Q, M, L, K) = ",
-                    sampling_locations.sizes().slice(0, 5), " as in sampling_locations, got ",
-                    attention_weights.sizes());
-  return {value.size(0),
-          value.size(1),
-          value.size(2),
-          value.size(3),
-          sampling_locations.size(1),
-          levels,
-          sampling_locations.size(4)};
+  const IntArrayRef locations = sampling_locations.sizes();
+  if (locations.size() != 6 || locations[0] != sizes[0] || locations[2] != sizes[2] ||
+      locations[3] != levels || locations[5] != 2) {
+    raise_value_error("sampling_locations: expected shape (N, Q, M, L, K, 2) with N = ", sizes[0],
+                      ", M = ", sizes[2], ", L = ", levels, ", got ", text(locations));
+  }
+  const IntArrayRef weights = attention_weights.sizes();
+  if (!weights.equals(locations.slice(0, 5))) {
+    raise_value_error(
+        "attention_weights: expected shape (N, Q, M, L, K) = ", text(locations.slice(0, 5)),
+        " as in sampling_locations, got ", text(weights));
+  }
+  return {sizes[0], sizes[1], sizes[2], sizes[3], locations[1], levels, locations[4]};
 }
 
 // The type of both locations and weights in the kernels.
-inline at::ScalarType common_type(const at::Tensor& value, const at::Tensor& sampling_locations,
-                                  const at::Tensor& attention_weights) {
-  return sampling_locations.scalar_type() == attention_weights.scalar_type()
-             ? sampling_locations.scalar_type()
-             : accumulation_type(value);
+inline ScalarType common_type(const Tensor& value, const Tensor& sampling_locations,
+                              const Tensor& attention_weights) {
+  const ScalarType type = sampling_locations.scalar_type();
+  return type == attention_weights.scalar_type() ? type : accumulation_type(value.scalar_type());
 }
 
 // The kernels address the numbers of an image by offsets of 32 bits.
 inline void check_offsets(const Sizes& sizes) {
   const int64_t numbers = sizes.tokens * sizes.heads * sizes.channels;
-  TORCH_CHECK_VALUE(numbers <= std::numeric_limits<int32_t>::max(),
-                    "ms_deform_attn: value: expected at most 2^31 - 1 numbers per image, got S * M "
-                    "* D = ",
-                    numbers);
+  if (numbers > std::numeric_limits<int32_t>::max()) {
+    raise_value_error("value: expected at most 2^31 - 1 numbers per image, got S * M * D = ",
+                      numbers);
+  }
 }
 
-inline void check_reference_points(const at::Tensor& reference_points, const at::Tensor& value,
+inline void check_reference_points(const Tensor& reference_points, const Tensor& value,
                                    const Sizes& sizes) {
-  TORCH_CHECK_VALUE(
-      reference_points.device() == value.device() && reference_points.is_floating_point(),
-      "ms_deform_attn: reference_points: expected a floating point tensor on ", value.device(),
-      " as value is, got ", reference_points.scalar_type(), " on ", reference_points.device());
-  TORCH_CHECK_VALUE(
-      reference_points.dim() == 4 && reference_points.size(0) == sizes.batch &&
-          reference_points.size(1) == sizes.queries && reference_points.size(2) == sizes.levels &&
-          (reference_points.size(3) == 2 || reference_points.size(3) == 4),
-      "ms_deform_attn: reference_points: expected shape (N, Q, L, 2 or 4) with N = ", sizes.batch,
-      ", Q = ", sizes.queries, ", L = ", sizes.levels, ", got ", reference_points.sizes());
+  check_device("reference_points", reference_points, value);
+  const ScalarType type = reference_points.scalar_type();
+  if (!is_supported(type)) {
+    raise_value_error("reference_points: expected a floating point tensor, got ", type);
+  }
+  const IntArrayRef shape = reference_points.sizes();
+  if (shape.size() != 4 || shape[0] != sizes.batch || shape[1] != sizes.queries ||
+      shape[2] != sizes.levels || (shape[3] != 2 && shape[3] != 4)) {
+    raise_value_error("reference_points: expected shape (N, Q, L, 2 or 4) with N = ", sizes.batch,
+                      ", Q = ", sizes.queries, ", L = ", sizes.levels, ", got ", text(shape));
+  }
 }
 
-inline void check_grad_output(const at::Tensor& grad_output, const at::Tensor& value,
-                              const Sizes& sizes) {
+inline void check_grad_output(const Tensor& grad_output, const Tensor& value, const Sizes& sizes) {
   check_like_value("grad_output", grad_output, value, false);
-  const int64_t expected[] = {sizes.batch, sizes.queries, sizes.heads * sizes.channels};
-  TORCH_CHECK_VALUE(grad_output.sizes() == at::IntArrayRef(expected),
-                    "ms_deform_attn: grad_output: expected shape (N, Q, M * D) = ",
-                    at::IntArrayRef(expected), ", got ", grad_output.sizes());
+  const std::array<int64_t, 3> expected{sizes.batch, sizes.queries, sizes.heads * sizes.channels};
+  if (!grad_output.sizes().equals(expected)) {
+    raise_value_error("grad_output: expected shape (N, Q, M * D) = ", text(expected), ", got ",
+                      text(grad_output.sizes()));
+  }
 }
 
 }  // namespace ddetr_d2

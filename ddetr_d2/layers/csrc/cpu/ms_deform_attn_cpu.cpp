@@ -1,15 +1,13 @@
-#include <ATen/Parallel.h>
-#include <ATen/Version.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros_like.h>
-#include <torch/library.h>
+#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <array>
+#include <cstdlib>
 #include <string>
 #include <tuple>
 
 #include "../check.h"
+#include "../tensors.h"
 #include "kernels.h"
 
 namespace ddetr_d2 {
@@ -18,31 +16,50 @@ namespace {
 // Samples below which one more thread costs more than it saves.
 constexpr int64_t kSamplesPerTask = 2048;
 
-Type type_of(const at::Tensor& tensor) {
+Type type_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case at::kDouble:
+    case ScalarType::Double:
       return Type::kDouble;
-    case at::kHalf:
+    case ScalarType::Half:
       return Type::kHalf;
-    case at::kBFloat16:
+    case ScalarType::BFloat16:
       return Type::kBFloat16;
     default:
       return Type::kFloat;
   }
 }
 
+#if defined(__x86_64__)
+enum class Capability { kDefault, kAvx2, kAvx512 };
+
+// What this processor has. As in PyTorch's own kernels, the environment variable
+// ATEN_CPU_CAPABILITY can ask for less.
+Capability find_capability() {
+  const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string asked = variable == nullptr ? "" : variable;
+  if (asked == "default" || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
+      !__builtin_cpu_supports("f16c")) {
+    return Capability::kDefault;
+  }
+  if (asked == "avx2" || !__builtin_cpu_supports("avx512f") ||
+      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq")) {
+    return Capability::kAvx2;
+  }
+  return Capability::kAvx512;
+}
+#endif
+
 // The widest vectors that this processor has and that the channels fill, those of 16 bit types in
-// pairs. As in PyTorch's own kernels, the environment variable ATEN_CPU_CAPABILITY can ask for
-// less.
+// pairs.
 Kernels choose_kernels(const Call& call, Type value, Type locations) {
 #if defined(__x86_64__)
-  static const std::string capability = at::get_cpu_capability();
-  static const bool has_avx512 = capability.rfind("AVX512", 0) == 0;
+  static const Capability capability = find_capability();
   const bool is_narrow = value == Type::kHalf || value == Type::kBFloat16;
-  if (has_avx512 && call.channels % (is_narrow ? 32 : 16) == 0) {
+  if (capability == Capability::kAvx512 && call.channels % (is_narrow ? 32 : 16) == 0) {
     return avx512::find_kernels(value, locations);
   }
-  if ((has_avx512 || capability == "AVX2") && !(is_narrow && call.channels % 16 != 0)) {
+  if (capability != Capability::kDefault && !(is_narrow && call.channels % 16 != 0)) {
     return avx2::find_kernels(value, locations);
   }
 #endif
@@ -50,21 +67,25 @@ Kernels choose_kernels(const Call& call, Type value, Type locations) {
 }
 
 struct Inputs {
-  at::Tensor value, locations, weights;
-  at::IntArrayRef spatial_shapes;
+  Tensor value, locations, weights;
   Sizes sizes;
   Call call{};
   Kernels kernels;
 
-  Inputs(const at::Tensor& value_, at::IntArrayRef spatial_shapes_,
-         const at::Tensor& sampling_locations, const at::Tensor& attention_weights)
-      : spatial_shapes(spatial_shapes_) {
-    sizes = check_inputs(value_, spatial_shapes, sampling_locations, attention_weights);
+  Inputs(const Tensor& value_, IntArrayRef spatial_shapes, const Tensor& sampling_locations,
+         const Tensor& attention_weights)
+      : Inputs(check_inputs(value_, spatial_shapes, sampling_locations, attention_weights), value_,
+               spatial_shapes, sampling_locations, attention_weights,
+               common_type(value_, sampling_locations, attention_weights)) {}
+
+ private:
+  Inputs(const Sizes& sizes, const Tensor& value_, IntArrayRef spatial_shapes,
+         const Tensor& sampling_locations, const Tensor& attention_weights, ScalarType type)
+      : value(contiguous(value_, value_.scalar_type())),
+        locations(contiguous(sampling_locations, type)),
+        weights(contiguous(attention_weights, type)),
+        sizes(sizes) {
     check_offsets(sizes);
-    const auto type = common_type(value_, sampling_locations, attention_weights);
-    value = value_.contiguous();
-    locations = sampling_locations.to(type).contiguous();
-    weights = attention_weights.to(type).contiguous();
     call.batch = sizes.batch;
     call.tokens = sizes.tokens;
     call.heads = sizes.heads;
@@ -81,30 +102,29 @@ struct Inputs {
 };
 
 // Runs the forward kernel over all rows of the output.
-at::Tensor run_forward(const Inputs& inputs, Call call) {
-  at::Tensor output =
-      at::empty({call.batch, call.queries, call.heads * call.channels}, inputs.value.options());
+Tensor run_forward(const Inputs& inputs, Call call) {
+  const std::array<int64_t, 3> sizes{call.batch, call.queries, call.heads * call.channels};
+  Tensor output = empty(sizes, inputs.value.scalar_type(), inputs.value);
   call.output = output.mutable_data_ptr();
   const int64_t samples = std::max<int64_t>(1, call.levels * call.points);
-  at::parallel_for(0, call.batch * call.heads * call.queries, kSamplesPerTask / samples + 1,
-                   [&](int64_t begin, int64_t end) { inputs.kernels.forward(call, begin, end); });
+  torch::stable::parallel_for(
+      0, call.batch * call.heads * call.queries, kSamplesPerTask / samples + 1,
+      [&](int64_t begin, int64_t end) { inputs.kernels.forward(call, begin, end); });
   return output;
 }
 
-at::Tensor ms_deform_attn_cpu(const at::Tensor& value, at::IntArrayRef spatial_shapes,
-                              const at::Tensor& sampling_locations,
-                              const at::Tensor& attention_weights) {
+Tensor ms_deform_attn_cpu(const Tensor& value, IntArrayRef spatial_shapes,
+                          const Tensor& sampling_locations, const Tensor& attention_weights) {
   const Inputs inputs(value, spatial_shapes, sampling_locations, attention_weights);
   return run_forward(inputs, inputs.call);
 }
 
-at::Tensor ms_deform_attn_fused_cpu(const at::Tensor& value, at::IntArrayRef spatial_shapes,
-                                    const at::Tensor& reference_points,
-                                    const at::Tensor& sampling_offsets,
-                                    const at::Tensor& attention_logits) {
+Tensor ms_deform_attn_fused_cpu(const Tensor& value, IntArrayRef spatial_shapes,
+                                const Tensor& reference_points, const Tensor& sampling_offsets,
+                                const Tensor& attention_logits) {
   const Inputs inputs(value, spatial_shapes, sampling_offsets, attention_logits);
   check_reference_points(reference_points, value, inputs.sizes);
-  const at::Tensor reference = reference_points.to(accumulation_type(value)).contiguous();
+  const Tensor reference = contiguous(reference_points, accumulation_type(value.scalar_type()));
   Call call = inputs.call;
   call.reference = reference.const_data_ptr();
   call.reference_size = reference.size(3);
@@ -117,8 +137,8 @@ at::Tensor ms_deform_attn_fused_cpu(const at::Tensor& value, at::IntArrayRef spa
 void divide_backward(Call& call, int64_t element_size, bool is_narrow, int64_t gradient_bytes) {
   // The largest levels come first, so that they do not all have their buffers at the same time.
   const int64_t heads = call.batch * call.heads;
-  const int64_t per_thread =
-      (heads * call.levels + at::get_num_threads() - 1) / at::get_num_threads();
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t per_thread = (heads * call.levels + threads - 1) / threads;
   int64_t tokens = 0;
   for (int64_t begin = 0; begin < heads * call.levels; begin += per_thread) {
     const int64_t end = std::min(begin + per_thread, heads * call.levels);
@@ -132,42 +152,46 @@ void divide_backward(Call& call, int64_t element_size, bool is_narrow, int64_t g
   const int64_t buffers = tokens * call.channels * (element_size + sum_size);
   call.copied =
       buffers * 10 <= gradient_bytes && call.queries * call.levels * call.points > call.tokens;
-  call.by_level = call.copied || is_narrow || heads < at::get_num_threads();
+  call.by_level = call.copied || is_narrow || heads < threads;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward_cpu(
-    const at::Tensor& grad_output, const at::Tensor& value, at::IntArrayRef spatial_shapes,
-    const at::Tensor& sampling_locations, const at::Tensor& attention_weights) {
+std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward_cpu(
+    const Tensor& grad_output, const Tensor& value, IntArrayRef spatial_shapes,
+    const Tensor& sampling_locations, const Tensor& attention_weights,
+    [[maybe_unused]] bool deterministic) {  // always so here
   Inputs inputs(value, spatial_shapes, sampling_locations, attention_weights);
   Call& call = inputs.call;
   check_grad_output(grad_output, value, inputs.sizes);
-  const at::Tensor grad_outputs = grad_output.contiguous();
-  const auto layout = at::MemoryFormat::Contiguous;
-  const int64_t gradient_bytes = static_cast<int64_t>(
-      inputs.value.nbytes() + inputs.locations.nbytes() + inputs.weights.nbytes());
-  divide_backward(call, value.element_size(), value.scalar_type() != accumulation_type(value),
+  const ScalarType type = value.scalar_type();
+  const Tensor grad_outputs = contiguous(grad_output, type);
+  const int64_t gradient_bytes =
+      bytes(inputs.value) + bytes(inputs.locations) + bytes(inputs.weights);
+  divide_backward(call, static_cast<int64_t>(value.element_size()), type != accumulation_type(type),
                   gradient_bytes);
-  at::Tensor grad_value =
-      call.copied ? at::empty_like(inputs.value, layout) : at::zeros_like(inputs.value, layout);
-  at::Tensor grad_locations = at::empty_like(inputs.locations, layout);
-  at::Tensor grad_weights = at::empty_like(inputs.weights, layout);
+  const auto like = [&](const Tensor& tensor) {
+    return empty(tensor.sizes(), tensor.scalar_type(), tensor);
+  };
+  Tensor grad_value = like(inputs.value);
+  if (!call.copied) torch::stable::zero_(grad_value);
+  Tensor grad_locations = like(inputs.locations);
+  Tensor grad_weights = like(inputs.weights);
   call.grad_output = grad_outputs.const_data_ptr();
   call.grad_value = grad_value.mutable_data_ptr();
   call.grad_locations = grad_locations.mutable_data_ptr();
   call.grad_weights = grad_weights.mutable_data_ptr();
   const int64_t parts = call.batch * call.heads * (call.by_level ? call.levels : 1);
-  at::parallel_for(0, parts, 1,
-                   [&](int64_t begin, int64_t end) { inputs.kernels.backward(call, begin, end); });
-  return {grad_value, grad_locations.to(sampling_locations.scalar_type()),
-          grad_weights.to(attention_weights.scalar_type())};
+  torch::stable::parallel_for(
+      0, parts, 1, [&](int64_t begin, int64_t end) { inputs.kernels.backward(call, begin, end); });
+  return {grad_value, to_type(grad_locations, sampling_locations.scalar_type()),
+          to_type(grad_weights, attention_weights.scalar_type())};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(ddetr_d2, CPU, m) {
-  m.impl("ms_deform_attn", TORCH_FN(ms_deform_attn_cpu));
-  m.impl("ms_deform_attn_fused", TORCH_FN(ms_deform_attn_fused_cpu));
-  m.impl("ms_deform_attn_backward", TORCH_FN(ms_deform_attn_backward_cpu));
+STABLE_TORCH_LIBRARY_IMPL(ddetr_d2, CPU, m) {
+  m.impl("ms_deform_attn", TORCH_BOX(&ms_deform_attn_cpu));
+  m.impl("ms_deform_attn_fused", TORCH_BOX(&ms_deform_attn_fused_cpu));
+  m.impl("ms_deform_attn_backward", TORCH_BOX(&ms_deform_attn_backward_cpu));
 }
 
 }  // namespace ddetr_d2

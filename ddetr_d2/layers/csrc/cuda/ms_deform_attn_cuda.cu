@@ -1,19 +1,14 @@
-#include <ATen/Context.h>
-#include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 
+#include <array>
 #include <cstdint>
 #include <tuple>
+#include <type_traits>
 
 #include "../check.h"
+#include "../tensors.h"
 #include "kernels.cuh"
 
 namespace ddetr_d2 {
@@ -21,33 +16,42 @@ namespace {
 
 // Contiguous, and at an address that 16 bytes can be read from at once: that of a part of a larger
 // tensor need not be one.
-at::Tensor aligned(const at::Tensor& tensor) {
-  const at::Tensor contiguous = tensor.contiguous();
-  const auto address = reinterpret_cast<uintptr_t>(contiguous.const_data_ptr());
-  return address % 16 == 0 ? contiguous : contiguous.clone();
+Tensor aligned(const Tensor& tensor, ScalarType type) {
+  const Tensor result = contiguous(tensor, type);
+  const auto address = reinterpret_cast<uintptr_t>(result.const_data_ptr());
+  return address % 16 == 0 ? result : torch::stable::clone(result);
+}
+
+cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
 }
 
 // The checked and contiguous arguments of a call, and how the kernels are to run.
 struct Inputs {
-  c10::cuda::CUDAGuard guard;
-  Sizes sizes;
-  at::Tensor value, locations, weights;
+  Sizes sizes;  // checked before the device is chosen, so that the checks' errors come first
+  torch::stable::accelerator::DeviceGuard guard;
+  Tensor value, locations, weights;
   Levels levels{};
   CudaCall call{};
   int vector;  // numbers of value in 16 bytes, 1 where the channels cannot be split so
+  cudaStream_t stream;
 
-  Inputs(const at::Tensor& value_, at::IntArrayRef spatial_shapes,
-         const at::Tensor& sampling_locations, const at::Tensor& attention_weights)
-      : guard(value_.device()),
-        sizes(check_inputs(value_, spatial_shapes, sampling_locations, attention_weights)) {
+  Inputs(const Tensor& value_, IntArrayRef spatial_shapes, const Tensor& sampling_locations,
+         const Tensor& attention_weights)
+      : sizes(check_inputs(value_, spatial_shapes, sampling_locations, attention_weights)),
+        guard(value_.get_device_index()),
+        value(aligned(value_, value_.scalar_type())),
+        locations(aligned(sampling_locations,
+                          common_type(value_, sampling_locations, attention_weights))),
+        weights(contiguous(attention_weights, locations.scalar_type())),
+        stream(current_stream(value_)) {
     check_offsets(sizes);
-    TORCH_CHECK_VALUE(sizes.levels <= kMaxLevels,
-                      "ms_deform_attn: spatial_shapes: expected at most ", kMaxLevels,
-                      " levels on a GPU, got ", sizes.levels);
-    const auto type = common_type(value_, sampling_locations, attention_weights);
-    value = aligned(value_);
-    locations = aligned(sampling_locations.to(type));
-    weights = attention_weights.to(type).contiguous();
+    if (sizes.levels > kMaxLevels) {
+      raise_value_error("spatial_shapes: expected at most ", kMaxLevels, " levels on a GPU, got ",
+                        sizes.levels);
+    }
     int32_t first_token = 0;
     for (int64_t l = 0; l < sizes.levels; ++l) {
       levels.rows[l] = static_cast<int32_t>(spatial_shapes[2 * l]);
@@ -69,91 +73,108 @@ struct Inputs {
   unsigned blocks(int64_t items) const { return blocks_for(items, call.group, kThreads); }
 };
 
-// Calls run with one value of each type, and the vector's length as a type, that `inputs` needs.
-template <typename Run>
-void dispatch(const Inputs& inputs, Run run) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, inputs.value.scalar_type(), "ms_deform_attn", [&] {
-        using acc_t = at::opmath_type<scalar_t>;
-        constexpr int wide = 16 / sizeof(scalar_t);
-        const bool narrow = inputs.locations.scalar_type() == inputs.value.scalar_type();
-        if (narrow && inputs.vector == wide) {
-          run(scalar_t{}, acc_t{}, scalar_t{}, std::integral_constant<int, wide>{});
-        } else if (narrow) {
-          run(scalar_t{}, acc_t{}, scalar_t{}, std::integral_constant<int, 1>{});
-        } else if (inputs.vector == wide) {
-          run(scalar_t{}, acc_t{}, acc_t{}, std::integral_constant<int, wide>{});
-        } else {
-          run(scalar_t{}, acc_t{}, acc_t{}, std::integral_constant<int, 1>{});
-        }
-      });
+// Calls run with one value of value's type, of the type of sums and of that of the locations, and
+// with the vector's length as a type.
+template <typename scalar_t, typename Run>
+void dispatch_type(const Inputs& inputs, Run run) {
+  using acc_t = std::conditional_t<sizeof(scalar_t) == 8, double, float>;
+  constexpr int wide = 16 / sizeof(scalar_t);
+  const bool narrow = inputs.locations.scalar_type() == inputs.value.scalar_type();
+  if (narrow && inputs.vector == wide) {
+    run(scalar_t{}, acc_t{}, scalar_t{}, std::integral_constant<int, wide>{});
+  } else if (narrow) {
+    run(scalar_t{}, acc_t{}, scalar_t{}, std::integral_constant<int, 1>{});
+  } else if (inputs.vector == wide) {
+    run(scalar_t{}, acc_t{}, acc_t{}, std::integral_constant<int, wide>{});
+  } else {
+    run(scalar_t{}, acc_t{}, acc_t{}, std::integral_constant<int, 1>{});
+  }
 }
 
-at::Tensor ms_deform_attn_cuda(const at::Tensor& value, at::IntArrayRef spatial_shapes,
-                               const at::Tensor& sampling_locations,
-                               const at::Tensor& attention_weights) {
+template <typename Run>
+void dispatch(const Inputs& inputs, Run run) {
+  switch (inputs.value.scalar_type()) {
+    case ScalarType::Double:
+      return dispatch_type<double>(inputs, run);
+    case ScalarType::Half:
+      return dispatch_type<c10::Half>(inputs, run);
+    case ScalarType::BFloat16:
+      return dispatch_type<c10::BFloat16>(inputs, run);
+    default:
+      return dispatch_type<float>(inputs, run);
+  }
+}
+
+template <typename T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+Tensor ms_deform_attn_cuda(const Tensor& value, IntArrayRef spatial_shapes,
+                           const Tensor& sampling_locations, const Tensor& attention_weights) {
   const Inputs inputs(value, spatial_shapes, sampling_locations, attention_weights);
   const Sizes& sizes = inputs.sizes;
-  at::Tensor output =
-      at::empty({sizes.batch, sizes.queries, sizes.heads * sizes.channels}, value.options());
+  const std::array<int64_t, 3> shape{sizes.batch, sizes.queries, sizes.heads * sizes.channels};
+  Tensor output = empty(shape, value.scalar_type(), value);
   if (output.numel() == 0) return output;
   dispatch(inputs, [&](auto scalar, auto acc, auto location, auto vector) {
     using scalar_t = decltype(scalar);
     using location_t = decltype(location);
     forward_kernel<scalar_t, decltype(acc), location_t, decltype(vector)::value>
-        <<<inputs.blocks(sizes.batch * sizes.queries * sizes.heads), kThreads, 0,
-           c10::cuda::getCurrentCUDAStream()>>>(
-            inputs.call, inputs.levels, inputs.value.const_data_ptr<scalar_t>(),
-            inputs.locations.const_data_ptr<location_t>(),
-            inputs.weights.const_data_ptr<location_t>(), output.mutable_data_ptr<scalar_t>());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+        <<<inputs.blocks(sizes.batch * sizes.queries * sizes.heads), kThreads, 0, inputs.stream>>>(
+            inputs.call, inputs.levels, data<scalar_t>(inputs.value),
+            data<location_t>(inputs.locations), data<location_t>(inputs.weights),
+            mutable_data<scalar_t>(output));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return output;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward_cuda(
-    const at::Tensor& grad_output, const at::Tensor& value, at::IntArrayRef spatial_shapes,
-    const at::Tensor& sampling_locations, const at::Tensor& attention_weights) {
+// `deterministic` leaves most of the GPU idle, but fixes the order of all sums.
+std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward_cuda(
+    const Tensor& grad_output, const Tensor& value, IntArrayRef spatial_shapes,
+    const Tensor& sampling_locations, const Tensor& attention_weights, bool deterministic) {
   const Inputs inputs(value, spatial_shapes, sampling_locations, attention_weights);
   const Sizes& sizes = inputs.sizes;
   check_grad_output(grad_output, value, sizes);
-  const at::Tensor grad_outputs = aligned(grad_output);
+  const ScalarType type = value.scalar_type();
+  const Tensor grad_outputs = aligned(grad_output, type);
   // Sums of 16 bit numbers are made in float.
-  at::Tensor grad_value =
-      at::zeros(inputs.value.sizes(), value.options().dtype(accumulation_type(value)));
+  const Tensor grad_value = zeros(inputs.value.sizes(), accumulation_type(type), value);
   const bool is_empty = grad_outputs.numel() == 0;  // then no kernel writes to these two
-  at::Tensor grad_locations =
-      is_empty ? at::zeros_like(inputs.locations) : at::empty_like(inputs.locations);
-  at::Tensor grad_weights =
-      is_empty ? at::zeros_like(inputs.weights) : at::empty_like(inputs.weights);
-  // Slow, since it leaves most of the GPU idle, but the order of all sums is fixed.
-  const bool in_order = at::globalContext().deterministicAlgorithms();
-  const int64_t items = sizes.batch * sizes.heads * (in_order ? sizes.levels : sizes.queries);
+  const auto make = is_empty ? zeros : empty;
+  const ScalarType location_type = inputs.locations.scalar_type();
+  const Tensor grad_locations = make(inputs.locations.sizes(), location_type, value);
+  const Tensor grad_weights = make(inputs.weights.sizes(), location_type, value);
+  const int64_t items = sizes.batch * sizes.heads * (deterministic ? sizes.levels : sizes.queries);
   if (!is_empty) {
     dispatch(inputs, [&](auto scalar, auto acc, auto location, auto vector) {
       using scalar_t = decltype(scalar);
       using acc_t = decltype(acc);
       using location_t = decltype(location);
       backward_kernel<scalar_t, acc_t, location_t, decltype(vector)::value>
-          <<<inputs.blocks(items), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-              inputs.call, inputs.levels, in_order, grad_outputs.const_data_ptr<scalar_t>(),
-              inputs.value.const_data_ptr<scalar_t>(),
-              inputs.locations.const_data_ptr<location_t>(),
-              inputs.weights.const_data_ptr<location_t>(), grad_value.mutable_data_ptr<acc_t>(),
-              grad_locations.mutable_data_ptr<location_t>(),
-              grad_weights.mutable_data_ptr<location_t>());
-      C10_CUDA_KERNEL_LAUNCH_CHECK();
+          <<<inputs.blocks(items), kThreads, 0, inputs.stream>>>(
+              inputs.call, inputs.levels, deterministic, data<scalar_t>(grad_outputs),
+              data<scalar_t>(inputs.value), data<location_t>(inputs.locations),
+              data<location_t>(inputs.weights), mutable_data<acc_t>(grad_value),
+              mutable_data<location_t>(grad_locations), mutable_data<location_t>(grad_weights));
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
   }
-  return {grad_value.to(value.scalar_type()), grad_locations.to(sampling_locations.scalar_type()),
-          grad_weights.to(attention_weights.scalar_type())};
+  return {to_type(grad_value, type), to_type(grad_locations, sampling_locations.scalar_type()),
+          to_type(grad_weights, attention_weights.scalar_type())};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(ddetr_d2, CUDA, m) {
-  m.impl("ms_deform_attn", TORCH_FN(ms_deform_attn_cuda));
-  m.impl("ms_deform_attn_backward", TORCH_FN(ms_deform_attn_backward_cuda));
+STABLE_TORCH_LIBRARY_IMPL(ddetr_d2, CUDA, m) {
+  m.impl("ms_deform_attn", TORCH_BOX(&ms_deform_attn_cuda));
+  m.impl("ms_deform_attn_backward", TORCH_BOX(&ms_deform_attn_backward_cuda));
 }
 
 }  // namespace ddetr_d2
