@@ -73,7 +73,8 @@ def files(tmp_path_factory):
 def arguments(files):
     def build(*args, weights="named.pth", opts=()):
         fixed = ["--config-file", str(files / "config.yaml"), "--confidence-threshold", "0"]
-        return [*fixed, *map(str, args), "--opts", "MODEL.WEIGHTS", str(files / weights), *opts]
+        changes = ["--opts", "MODEL.WEIGHTS", str(files / weights), *opts]
+        return demo.get_parser().parse_args([*fixed, *map(str, args), *changes])
 
     return build
 
@@ -93,7 +94,7 @@ def test_folder_globs_and_files(arguments, tmp_path, capsys):
     out = tmp_path / "out"
     inputs = [tmp_path / "a", tmp_path / "b" / "x*", tmp_path / "b" / "z[1].png"]
 
-    assert demo.main(arguments("--input", *inputs, "--output", out)) == 0
+    assert demo.run(arguments("--input", *inputs, "--output", out)) == 0
 
     assert sorted(p.name for p in out.iterdir()) == ["x.png", "x_2.png", "y.jpg", "z[1].png"]
     drawing = cv2.imread(str(out / "x.png"))
@@ -110,7 +111,7 @@ def test_unreadable_inputs_are_named_and_skipped(arguments, tmp_path, capsys):
     out = tmp_path / "out.png"
     inputs = ["--input", good, cut, text, tmp_path / "missing.png"]
 
-    assert demo.main(arguments(*inputs, "--output", tmp_path / "out")) == 1
+    assert demo.run(arguments(*inputs, "--output", tmp_path / "out")) == 1
 
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["good.png"]
     err = capsys.readouterr().err
@@ -118,7 +119,7 @@ def test_unreadable_inputs_are_named_and_skipped(arguments, tmp_path, capsys):
         assert f"{name}" in err
     assert "3 inputs were skipped" in err
 
-    assert demo.main(arguments("--input", good, "--output", out)) == 0
+    assert demo.run(arguments("--input", good, "--output", out)) == 0
     assert out.is_file()
 
 
@@ -165,7 +166,7 @@ def test_a_folder_with_other_files(arguments, tmp_path, capsys):
     write_image(tmp_path / "a" / "x.jfif")
     (tmp_path / "a" / "notes.txt").write_text("no image")
     args = arguments("--input", tmp_path / "a", "--output", tmp_path / "out")
-    assert demo.main(args) == 0
+    assert demo.run(args) == 0
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["x.jfif.png"]
     assert "a: left out as no images: notes.txt\n" in capsys.readouterr().err
 
@@ -173,7 +174,7 @@ def test_a_folder_with_other_files(arguments, tmp_path, capsys):
 def test_names_of_drawings(tmp_path):
     out = str(tmp_path / "out")
     images = ["a/x.jpg", "b/x.jpg", "a/x.gif", "a/x.gif.png", "a/X.JPG", "a/noname"]
-    drawings = files_of_the_demo.name_drawings(images, out)
+    drawings = files_of_the_demo.name_drawings(dict.fromkeys(images, 2), out)
     names = [os.path.relpath(drawing, out) for drawing in drawings]
     assert names == ["x.jpg", "x_2.jpg", "x.gif.png", "x.gif_2.png", "X_3.JPG", "noname.png"]
     for name in names:
@@ -193,7 +194,7 @@ def test_broken_inputs_of_every_kind_are_skipped(arguments, tmp_path, capsys):
     document.write_bytes(b"%PDF-1.7")
     args = ["--input", tmp_path / "a", tmp_path / "x.jpg", document, "--output", tmp_path / "out"]
 
-    assert demo.main(arguments(*args)) == 1
+    assert demo.run(arguments(*args)) == 1
 
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["good.png"]
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("skipped: ")]
@@ -217,7 +218,7 @@ def test_kinds_of_images(arguments, tmp_path, monkeypatch, mode, values):
     monkeypatch.setattr(demo, "Detector", stand_in(seen=seen))
 
     output = tmp_path / "drawing.png"
-    assert demo.main(arguments("--input", tmp_path / "image.png", "--output", output)) == 0
+    assert demo.run(arguments("--input", tmp_path / "image.png", "--output", output)) == 0
     assert seen[0].shape == (20, 30, 3) and seen[0].dtype == np.uint8
 
 
@@ -228,7 +229,7 @@ def test_exif_rotation(arguments, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(demo, "Detector", stand_in(seen=seen))
 
-    demo.main(arguments("--input", tmp_path / "image.jpg", "--output", tmp_path / "out.jpg"))
+    demo.run(arguments("--input", tmp_path / "image.jpg", "--output", tmp_path / "out.jpg"))
     assert seen[0].shape == (30, 20, 3)
 
 
@@ -239,10 +240,12 @@ def stand_in(metadata=None, instances=None, seen=None):
         def __init__(self, **_):
             self.metadata = metadata or Metadata()
 
-        def __call__(self, image):
+        def __call__(self, images, batch_size=1):
+            if isinstance(images, np.ndarray):
+                return self([images])[0]
             if seen is not None:
-                seen.append(image)
-            return Instances(image.shape[:2], **fields) if instances is None else instances
+                seen.extend(images)
+            return [instances or Instances(image.shape[:2], **fields) for image in images]
 
         def draw(self, image, instances, threshold):
             return draw_detections(image, instances, self.metadata)
@@ -276,7 +279,7 @@ def test_class_names_in_any_script(arguments, tmp_path, monkeypatch, video):
         inputs = ["--input", write_image(tmp_path / "image.png")]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert demo.main(arguments(*inputs, "--output", tmp_path / "out")) == 0
+        assert demo.run(arguments(*inputs, "--output", tmp_path / "out")) == 0
 
 
 def test_video(arguments, tmp_path):
@@ -287,7 +290,7 @@ def test_video(arguments, tmp_path):
         writer.write(np.zeros((48, 64, 3), np.uint8))
     writer.release()
 
-    assert demo.main(arguments("--video-input", source, "--output", tmp_path / "out")) == 0
+    assert demo.run(arguments("--video-input", source, "--output", tmp_path / "out")) == 0
 
     drawn = cv2.VideoCapture(str(tmp_path / "out" / "clip.mp4"))
     assert drawn.get(cv2.CAP_PROP_FRAME_COUNT) == 3
@@ -326,7 +329,7 @@ def test_mistakes(arguments, tmp_path, monkeypatch, capsys, message, args, opts)
     (tmp_path / "clip.mp4").write_text("no video")
 
     with pytest.raises(SystemExit) as exit, exit_on_user_error():
-        demo.main(arguments(*(arg.format(tmp_path) for arg in args), opts=opts))
+        demo.run(arguments(*(arg.format(tmp_path) for arg in args), opts=opts))
 
     assert exit.value.code == 2
     err = capsys.readouterr().err

@@ -266,7 +266,8 @@ def arguments(config, build):
         if not weights.exists():
             DetrCheckpointer(build(*opts), str(config.parent)).save(weights.stem)
         fixed = ["--config-file", str(config), "--confidence-threshold", "0"]
-        return [*fixed, *map(str, args), "--opts", *opts, "MODEL.WEIGHTS", str(weights)]
+        changes = ["--opts", *opts, "MODEL.WEIGHTS", str(weights)]
+        return demo.get_parser().parse_args([*fixed, *map(str, args), *changes])
 
     return arguments
 
@@ -284,7 +285,7 @@ def test_the_program_writes_pictures(arguments, tmp_path, capsys):
     inputs = ["--input", tmp_path / "a", "--output", out]
 
     assert (
-        demo.main(arguments(*inputs, "--show-sampling", "--sampling-pixels", "0,0", "49,63")) == 0
+        demo.run(arguments(*inputs, "--show-sampling", "--sampling-pixels", "0,0", "49,63")) == 0
     )
 
     written = sorted(p.name for p in out.iterdir())
@@ -292,7 +293,7 @@ def test_the_program_writes_pictures(arguments, tmp_path, capsys):
     picture = cv2.imread(str(out / "x_sampling.png"))
     assert picture.std() > 10
     assert "x_sampling_2.png" in capsys.readouterr().out
-    assert demo.main(arguments(*inputs, "--sampling-detections", "0")) == 0
+    assert demo.run(arguments(*inputs, "--sampling-detections", "0")) == 0
     assert "none to show where the detector looks" in capsys.readouterr().out
 
 
@@ -300,7 +301,7 @@ def test_the_program_writes_heat_maps_of_detr(arguments, tmp_path):
     image = write_image(tmp_path / "x.png")
     inputs = ["--input", image, "--output", tmp_path / "out"]
     chosen = ["--sampling-detections", "3", "--sampling-pixels", "0,0"]
-    assert demo.main(arguments(*inputs, *chosen, opts=DETR)) == 0
+    assert demo.run(arguments(*inputs, *chosen, opts=DETR)) == 0
     picture = cv2.imread(str(tmp_path / "out" / "x_sampling.png"))
     # On the black image, and without the colour bar, weights are all that is coloured.
     assert (np.ptp(picture[:, : int(picture.shape[1] * 0.8)].astype(int), axis=2) > 50).mean() > 0.1
@@ -311,7 +312,7 @@ def test_the_window_shows_them_after_the_drawing(arguments, tmp_path, monkeypatc
     monkeypatch.setattr(demo, "check_windows", lambda: None)
     monkeypatch.setattr(images, "show", lambda picture, wait: shown.append(picture) or True)
     image = write_image(tmp_path / "x.png")
-    assert demo.main(arguments("--input", image, "--sampling-detections", "1")) == 0
+    assert demo.run(arguments("--input", image, "--sampling-detections", "1")) == 0
     assert len(shown) == 2
     assert shown[0].shape != shown[1].shape
 
@@ -334,7 +335,7 @@ def test_mistakes(arguments, tmp_path, capsys, message, args):
     args = [arg.replace("{}_", str(tmp_path / "out" / "x_")) for arg in args]
     args = [arg.replace("{}", str(tmp_path / "x.png")) for arg in args]
     with pytest.raises(SystemExit) as exit, exit_on_user_error():
-        demo.main(arguments(*args, "--output", tmp_path / "out"))
+        demo.run(arguments(*args, "--output", tmp_path / "out"))
     assert exit.value.code == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1
