@@ -19,12 +19,13 @@ REQUIREMENTS := requirements-build.txt requirements.txt requirements-detectron2.
 DETECTRON2 := third_party/detectron2/install.py
 CSRC := $(sort $(shell find ddetr_d2/layers/csrc -type f 2>/dev/null))
 
-.PHONY: help setup demo test lint bench sanitize soak
+.PHONY: help setup demo test lint pins bench sanitize soak
 
 help:
 	@echo 'make demo   set up, train a small detector on synthetic images, evaluate it, draw detections'
 	@echo 'make test   set up, run the tests'
-	@echo 'make lint   set up, check format and style'
+	@echo 'make lint   set up, check format, style and types'
+	@echo 'make pins   set up, write requirements.txt; versions stay but with ARGS=--upgrade'
 	@echo 'make bench  set up, time operator, model, training and exports beside others (CPU, 20 minutes)'
 	@echo 'make sanitize  set up, test the CPU kernels under AddressSanitizer and UBSan'
 	@echo 'make soak   set up, train 2,000 steps on tiny images: does memory grow? (Linux, minutes)'
@@ -55,6 +56,10 @@ lint: $(INSTALLED)
 	$(PY) -m ruff check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.cpp %.cu %.h %.cuh,$(CSRC)) \
 		$(wildcard tests/layers/*.cpp tests/layers/*.h)
+
+pins: $(INSTALLED)
+	$(VENV)/bin/uv pip compile -q pyproject.toml requirements.in --constraints requirements-build.txt \
+		--output-file requirements.txt $(ARGS)
 
 $(INSTALLED): $(REQUIREMENTS) $(DETECTRON2)
 	@test -n '$(PYTHON)' || { echo 'error: no Python 3.11 or newer was found:' \
