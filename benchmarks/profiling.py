@@ -29,7 +29,7 @@ def profile(run: Run, device: str) -> Record:
     """
     cuda = device == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         run()
         if cuda:
             torch.cuda.synchronize()

@@ -113,7 +113,7 @@ def test_share_of_the_limit():
 
 def test_profile():
     x = torch.ones(400, 400)
-    prepared = Prepared(lambda: x @ x, limit="profile")
+    prepared = Prepared(lambda: torch.mm(x, x), limit="profile")
     found = measure(Case("product", {"a": lambda: prepared}))["a"]
     assert found["operators"][0]["operator"] == "aten::mm"
     assert 0.5 < found["limit_share"] <= 1

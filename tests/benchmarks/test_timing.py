@@ -2,8 +2,6 @@
 
 import time
 
-import pytest
-
 from benchmarks import timing
 
 
@@ -37,4 +35,4 @@ def test_long_cases_end_after_three_turns(monkeypatch):
 
 def test_seconds_of_a_call():
     for timer in (timing.wall_seconds, timing.kernel_seconds):
-        assert timer(lambda: time.sleep(0.05)) == pytest.approx(0.05, abs=0.03)
+        assert 0.05 <= timer(lambda: time.sleep(0.05)) < 5
