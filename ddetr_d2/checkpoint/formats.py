@@ -43,6 +43,8 @@ from .names import (
     split_heads,
     without_counters,
 )
+from .timm_weights import PREFIX as TIMM
+from .timm_weights import from_timm
 from .transformers import from_transformers, is_their_detr
 from .transformers_config import class_names_of, options_of
 
@@ -88,7 +90,8 @@ def read_weights(path: str, allow_pickle: bool = False, shown: str = "") -> Weig
     """Read weights of any known format.
 
     Args:
-        path: a file, a URL, or a folder of Hugging Face transformers.
+        path: a file, a URL, a folder of Hugging Face transformers, a name on the hub
+            (:mod:`.hub`), or weights of a model of timm (:mod:`.timm_weights`).
         allow_pickle: see :func:`ddetr_d2.checkpoint.files.read_file`.
         shown: what to call the file in messages; ``path`` by default.
 
@@ -98,6 +101,8 @@ def read_weights(path: str, allow_pickle: bool = False, shown: str = "") -> Weig
     shown = shown or path
     path = local_path(path)
     content = read_file(path, allow_pickle, shown)
+    if shown.startswith(TIMM):
+        return Weights("timm", from_timm(_tensors(content), shown))
     state = _state(content)
     if not state:
         raise UserError(
@@ -111,11 +116,18 @@ def read_weights(path: str, allow_pickle: bool = False, shown: str = "") -> Weig
     raise UserError(
         f"{shown} holds weights of an unknown model ({names}, ...); known are DETR and "
         "Deformable DETR of the reference implementations and of transformers, Deformable DETR of "
-        "detrex and of mmdetection, and ResNets."
+        "detrex and of mmdetection, and ResNets. Those of a model of timm are given as "
+        f"{TIMM}NAME/FILE."
     )
 
 
 def _state(content: Any) -> State:
+    """The weights of a file, without classifiers of backbones."""
+    tensors = _tensors(content)
+    return {name: tensor for name, tensor in tensors.items() if not _IGNORED.fullmatch(name)}
+
+
+def _tensors(content: Any) -> State:
     """The tensors of a file, wherever in it they are."""
     if not isinstance(content, Mapping):
         return {}
@@ -133,7 +145,7 @@ def _state(content: Any) -> State:
     state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
     if state and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    return {name: tensor for name, tensor in state.items() if not _IGNORED.fullmatch(name)}
+    return state
 
 
 def _own(state: State, content: Any, path: str) -> Weights:

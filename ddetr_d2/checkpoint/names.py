@@ -71,6 +71,34 @@ TRANSFORMERS_RESNET = _resnet(
     ("shortcut.convolution", "shortcut.normalization"),
 )
 
+# EfficientNets of timm, and of efficientnet_pytorch, which numbers all blocks in one list: a block
+# of the first stage, one of the others, and the rest.
+_EFFICIENTNET_FIRST_BLOCK = {
+    "conv_dw": "_depthwise_conv",
+    "bn1": "_bn1",
+    "se.conv_reduce": "_se_reduce",
+    "se.conv_expand": "_se_expand",
+    "conv_pw": "_project_conv",
+    "bn2": "_bn2",
+}
+_EFFICIENTNET_BLOCK = {
+    "conv_pw": "_expand_conv",
+    "bn1": "_bn0",
+    "conv_dw": "_depthwise_conv",
+    "bn2": "_bn1",
+    "se.conv_reduce": "_se_reduce",
+    "se.conv_expand": "_se_expand",
+    "conv_pwl": "_project_conv",
+    "bn3": "_bn2",
+}
+_EFFICIENTNET = {
+    "conv_stem": "_conv_stem",
+    "bn1": "_bn0",
+    "conv_head": "_conv_head",
+    "bn2": "_bn1",
+    "classifier": "_fc",
+}
+
 _REFERENCE_ENCODER = {
     "self_attn": "self_attn",
     "norm1": "norm1",
@@ -268,6 +296,28 @@ def rename(state: Mapping[str, Tensor], table: Table) -> State:
         return name
 
     return {renamed(name): tensor for name, tensor in state.items()}
+
+
+def efficientnet(state: Mapping[str, Tensor]) -> State:
+    """An EfficientNet of efficientnet_pytorch under timm's names.
+
+    Args:
+        state: names such as ``_blocks.3._project_conv.weight``. A stage begins with the block that
+            gives another number of channels than the one before it.
+    """
+    table = dict(_EFFICIENTNET)
+    stage, index, channels = -1, 0, 0
+    for number in range(len(state)):
+        projection = state.get(f"_blocks.{number}._project_conv.weight")
+        if projection is None:
+            break
+        if projection.shape[0] != channels:
+            stage, index, channels = stage + 1, -1, projection.shape[0]
+        index += 1
+        expands = f"_blocks.{number}._expand_conv.weight" in state
+        block = _EFFICIENTNET_BLOCK if expands else _EFFICIENTNET_FIRST_BLOCK
+        table |= prefixed(block, f"blocks.{stage}.{index}.", f"_blocks.{number}.")
+    return rename(state, reverse(table))
 
 
 def reverse(table: Table) -> Table:

@@ -7,6 +7,7 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
 
 from ..errors import UserError, nearest
 from ..layers.deform_conv import provide_deform_conv
+from . import timm_backbone  # noqa: F401  build_timm_backbone
 
 STAGES = ("res2", "res3", "res4", "res5")
 

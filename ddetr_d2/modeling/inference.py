@@ -7,6 +7,7 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from .timm_backbone import TimmBackbone, import_timm
 from .transformer import FeedForward
 
 
@@ -15,16 +16,19 @@ def prepare_for_inference(model: nn.Module) -> nn.Module:
     feed-forward networks in pieces.
 
     Args:
-        model: a trained model with Detectron2's convolutions; it is not changed.
+        model: a trained model with Detectron2's convolutions or a backbone of timm; it is not
+            changed.
 
     Returns:
         a copy whose output differs by rounding only. It cannot be trained, and its names in
         ``state_dict()`` are not those of checkpoints.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    for module in model.modules():
+    for module in list(model.modules()):
         if isinstance(module, Conv2d):
             _fold_batch_norm(module)
+        elif isinstance(module, TimmBackbone):
+            _fold_batch_norm_of_timm(module)
         elif isinstance(module, nn.Linear) and OneDNNLinear.is_faster_than(module):
             module.__class__ = OneDNNLinear
         elif isinstance(module, FeedForward) and module.linear1.weight.device.type == "cpu":
@@ -83,6 +87,11 @@ def _fold_batch_norm(convolution: Conv2d) -> None:
         return
     if norm.running_mean is None or norm.running_var is None:  # it follows each batch instead
         return
+    _fuse(convolution, norm)
+    convolution.norm = None
+
+
+def _fuse(convolution: nn.Conv2d, norm: nn.Module) -> None:
     weight, bias = fuse_conv_bn_weights(
         convolution.weight,
         convolution.bias,
@@ -94,4 +103,43 @@ def _fold_batch_norm(convolution: Conv2d) -> None:
     )
     convolution.weight = weight.requires_grad_(False)
     convolution.bias = bias.requires_grad_(False)
-    convolution.norm = None
+
+
+def _fold_batch_norm_of_timm(backbone: TimmBackbone) -> None:
+    """Fold batch normalisation where no module tells which convolution it follows.
+
+    A run shows it. If something else reads a convolution's output as well, the features are others
+    after folding, and the backbone stays as it is.
+    """
+    features = copy.deepcopy(backbone.features)
+    convolutions = (nn.Conv2d, import_timm().layers.Conv2dSame)  # no others: they change weights
+    outputs: list[tuple[Tensor, nn.Conv2d]] = []
+    pairs: list[tuple[nn.Conv2d, nn.Module]] = []
+
+    def remember(module: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        outputs.append((output, module))
+
+    def find(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        pairs.extend((made_by, module) for output, made_by in outputs if output is inputs[0])
+
+    hooks = []
+    for module in features.modules():
+        if type(module) in convolutions:
+            hooks.append(module.register_forward_hook(remember))
+        elif all(hasattr(module, name) for name in ("running_mean", "running_var", "weight")):
+            hooks.append(module.register_forward_pre_hook(find))
+    some = next(backbone.parameters())
+    size = backbone.size_divisibility
+    images = torch.rand(1, 3, 2 * size, 3 * size, generator=torch.Generator().manual_seed(0))
+    images = images.to(some)
+    with torch.no_grad():
+        expected = features(images)
+        for hook in hooks:
+            hook.remove()
+        names = {module: name for name, module in features.named_modules()}
+        for convolution, norm in pairs:
+            _fuse(convolution, norm)
+            features.set_submodule(names[norm], getattr(norm, "act", nn.Identity()))
+        got = features(images)
+    if all((a - b).norm() <= 1e-3 * b.norm() for a, b in zip(got, expected, strict=True)):
+        backbone.features = features
