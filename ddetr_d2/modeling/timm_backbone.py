@@ -150,9 +150,9 @@ class TimmBackbone(Backbone):
         Distributed training would wait for the gradients of such parameters.
         """
         training = self.training
-        size = self.size_divisibility
+        height, width = 4 * self.size_divisibility, 5 * self.size_divisibility
         try:
-            features = self.eval()(torch.zeros(1, 3, 2 * size, 3 * size))
+            features = self.eval()(torch.zeros(1, 3, height, width))
         except (AssertionError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"MODEL.TIMM.NAME {name} does not take images of any size "
@@ -160,6 +160,15 @@ class TimmBackbone(Backbone):
             ) from error
         finally:
             self.train(training)
+        for feature, stride in zip(
+            features.values(), self._out_feature_strides.values(), strict=True
+        ):
+            if feature.shape[2:] != (height // stride, width // stride):
+                raise UserError(
+                    f"MODEL.TIMM.NAME {name} does not keep to its strides: of {height} x {width} "
+                    f"pixels it makes {feature.shape[2]} x {feature.shape[3]} features at stride "
+                    f"{stride}; choose another model."
+                )
         parameters = [p for p in self.parameters() if p.requires_grad]
         if parameters:
             total = sum(feature.sum() for feature in features.values())
