@@ -14,7 +14,7 @@ def flat_shapes(spatial_shapes: Sequence[Sequence[int]] | Tensor) -> list[int]:
         _check_integer_tensor("spatial_shapes", spatial_shapes)
         spatial_shapes = spatial_shapes.tolist()
     # A plain loop: the rest of a call with one query takes but a few microseconds.
-    flat = []
+    flat: list[int] = []
     try:
         for height, width in spatial_shapes:
             if not (type(height) is int is type(width) or _are_sizes(height, width)):
@@ -28,7 +28,7 @@ def flat_shapes(spatial_shapes: Sequence[Sequence[int]] | Tensor) -> list[int]:
     return flat
 
 
-def _are_sizes(*sizes) -> bool:
+def _are_sizes(*sizes: object) -> bool:
     return all(isinstance(size, int | torch.SymInt) for size in sizes)
 
 

@@ -12,11 +12,12 @@ import functools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import check_inputs, check_level_starts, flat_shapes, require
+from .checks import check_inputs, check_level_starts, flat_shapes
 from .reference import ms_deform_attn_reference
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def _load() -> str:
 
 
 _NOT_LOADED = _load()
-_operator = None if _NOT_LOADED else torch.ops.ddetr_d2.ms_deform_attn.default
+_operator: Any = None if _NOT_LOADED else torch.ops.ddetr_d2.ms_deform_attn.default
 
 
 def ms_deform_attn(
@@ -109,14 +110,20 @@ class _MSDeformAttn(torch.autograd.Function):
     """The operator with its gradient, for calls that are not compiled."""
 
     @staticmethod
-    def forward(ctx, value, spatial_shapes, sampling_locations, attention_weights):
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        spatial_shapes: list[int],
+        sampling_locations: Tensor,
+        attention_weights: Tensor,
+    ) -> Tensor:
         ctx.spatial_shapes = spatial_shapes
         ctx.save_for_backward(value, sampling_locations, attention_weights)
         with torch._C._AutoDispatchBelowAutograd():
             return _operator(value, spatial_shapes, sampling_locations, attention_weights)
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         return _backward(ctx, grad_output)
 
 
@@ -140,7 +147,7 @@ def can_fuse(value: Tensor) -> bool:
 def ms_deform_attn_fused(
     value: Tensor,
     spatial_shapes: Sequence[Sequence[int]],
-    level_start_index: Sequence[int],
+    level_start_index: Sequence[int] | Tensor,
     reference_points: Tensor,
     sampling_offsets: Tensor,
     attention_logits: Tensor,
@@ -150,7 +157,7 @@ def ms_deform_attn_fused(
     Args:
         value: (N, S, M, D).
         spatial_shapes: (height, width) in pixels of each level.
-        level_start_index: first token of each level.
+        level_start_index: first token of each level, ints or an integer tensor (L,).
         reference_points: (N, Q, L, 2 or 4) points or boxes, see :class:`MSDeformAttn`.
         sampling_offsets: (N, Q, M, L, K, 2) from the reference points.
         attention_logits: (N, Q, M, L, K), weights before the softmax over L and K.
@@ -187,40 +194,49 @@ def _announce(device_type: str) -> None:
     )
 
 
-def _fake(value, spatial_shapes, sampling_locations, attention_weights):
+def _fake(
+    value: Tensor, spatial_shapes: list[int], sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
     check_inputs(value, spatial_shapes, sampling_locations, attention_weights)
     batch, _, heads, channels = value.shape
     return value.new_empty(batch, sampling_locations.shape[1], heads * channels)
 
 
-def _fake_fused(value, spatial_shapes, reference_points, sampling_offsets, attention_logits):
+def _fake_fused(
+    value: Tensor,
+    spatial_shapes: list[int],
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+) -> Tensor:
     return _fake(value, spatial_shapes, sampling_offsets, attention_logits)
 
 
 def _fake_backward(
-    grad_output, value, spatial_shapes, sampling_locations, attention_weights, deterministic=False
-):
+    grad_output: Tensor,
+    value: Tensor,
+    spatial_shapes: list[int],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    deterministic: bool = False,
+) -> tuple[Tensor, ...]:
     expected = _fake(value, spatial_shapes, sampling_locations, attention_weights)
     for name in ("shape", "device", "dtype"):
         got, wanted = getattr(grad_output, name), getattr(expected, name)
-        require(
-            got == wanted,
-            lambda name=name, got=got, wanted=wanted: (
-                f"grad_output: expected {name} {wanted}, got {got}"
-            ),
-        )
+        if got != wanted:
+            raise ValueError(f"ms_deform_attn: grad_output: expected {name} {wanted}, got {got}")
     return tuple(
         torch.empty_like(tensor, memory_format=torch.contiguous_format)
         for tensor in (value, sampling_locations, attention_weights)
     )
 
 
-def _save_inputs(ctx, inputs, output):
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     value, ctx.spatial_shapes, sampling_locations, attention_weights = inputs
     ctx.save_for_backward(value, sampling_locations, attention_weights)
 
 
-def _backward(ctx, grad_output):
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     value, sampling_locations, attention_weights = ctx.saved_tensors
     grad_value, grad_locations, grad_weights = torch.ops.ddetr_d2.ms_deform_attn_backward.default(
         grad_output,
@@ -233,7 +249,7 @@ def _backward(ctx, grad_output):
     return grad_value, None, grad_locations, grad_weights
 
 
-def _double_backward(ctx, *grads):
+def _double_backward(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError(
         "ms_deform_attn is differentiable once: there are no gradients of its gradients"
     )
