@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Draw the loss and the AP of a training run over time, from the metrics.json it writes."""
+"""Draw the loss and the AP of training runs over time, from the metrics.json that each writes."""
 
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 
@@ -45,17 +45,23 @@ def read_metrics(folder: str) -> list[dict[str, float]]:
     return metrics
 
 
-def plot(metrics: list[dict[str, float]], output: str) -> None:
-    """Draw loss (left) and AP (right) over minutes of training into the file ``output``."""
+def plot(runs: Mapping[str, list[dict[str, float]]], output: str) -> None:
+    """Draw loss (left) and AP (right) over minutes of training into the file ``output``.
+
+    Args:
+        runs: metrics of each run by its name, see :func:`read_metrics`. Of several runs AP alone is
+            drawn, of one AP50 and AP75 as well.
+        output: file name of the picture.
+    """
     figure, (loss_axes, ap_axes) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    points = [(line["minutes"], line["total_loss"]) for line in metrics if "total_loss" in line]
-    loss_axes.plot(*zip(*points, strict=True), color="tab:gray")
+    alone = len(runs) == 1
+    for name, metrics in runs.items():
+        color = "tab:gray" if alone else None
+        draw(loss_axes, metrics, "total_loss", name, color=color)
+        for key, label in AP_KEYS.items() if alone else [("bbox/AP", name)]:
+            draw(ap_axes, metrics, key, label, marker="o")
     loss_axes.set_ylabel("total loss")
     loss_axes.set_ylim(bottom=0)
-    for key, label in AP_KEYS.items():
-        points = [(line["minutes"], line[key]) for line in metrics if key in line]
-        if points:
-            ap_axes.plot(*zip(*points, strict=True), marker="o", label=label)
     ap_axes.set_ylabel("AP (COCO), %")
     ap_axes.set_ylim(0, 100)
     if ap_axes.lines:
@@ -68,13 +74,28 @@ def plot(metrics: list[dict[str, float]], output: str) -> None:
     plt.close(figure)
 
 
+def draw(
+    axes: plt.Axes, metrics: list[dict[str, float]], key: str, label: str, **style: str | None
+) -> None:
+    """Draw what ``metrics`` have under ``key`` over minutes, if anything."""
+    points = [(line["minutes"], line[key]) for line in metrics if key in line]
+    if points:
+        axes.plot(*zip(*points, strict=True), label=label, **style)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", help="OUTPUT_DIR of the run")
-    parser.add_argument("--output", help="picture to write (default: training.png in the folder)")
+    parser.add_argument("folders", nargs="+", metavar="folder", help="OUTPUT_DIR of a run")
+    parser.add_argument(
+        "--output", help="picture to write (default: training.png in the first folder)"
+    )
     args = parser.parse_args(arguments)
-    output = args.output or os.path.join(args.folder, "training.png")
-    plot(read_metrics(args.folder), output)
+    output = args.output or os.path.join(args.folders[0], "training.png")
+    names = [os.path.basename(os.path.normpath(folder)) for folder in args.folders]
+    if len(set(names)) < len(names):
+        names = args.folders
+    runs = map(read_metrics, args.folders)
+    plot(dict(zip(names, runs, strict=True)), output)
     print(f"wrote {output}")
 
 

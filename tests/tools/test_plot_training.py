@@ -36,6 +36,25 @@ def test_draws_a_resumed_run(tmp_path):
     assert cv2.imread(str(tmp_path / "training.png")).shape[1] == 1000
 
 
+def test_draws_runs_side_by_side(tmp_path, monkeypatch):
+    for name, ap in (("first", 30.0), ("second", 40.0)):
+        (tmp_path / name).mkdir()
+        write(
+            tmp_path / name,
+            [
+                {"iteration": 19, "total_loss": 9.0, "time": 3.0},
+                {"iteration": 20, "bbox/AP": ap, "bbox/AP50": 50.0},
+            ],
+        )
+    drawn = []
+    monkeypatch.setattr(plot.plt.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    plot.main([str(tmp_path / "first"), str(tmp_path / "second")])
+    loss_axes, ap_axes = drawn[0].axes
+    assert [line.get_label() for line in loss_axes.lines] == ["first", "second"]
+    assert [line.get_ydata()[0] for line in ap_axes.lines] == [30.0, 40.0]
+    assert [text.get_text() for text in ap_axes.get_legend().get_texts()] == ["first", "second"]
+
+
 def test_runs_without_metrics_are_named(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         plot.read_metrics(str(tmp_path))
