@@ -263,25 +263,24 @@ def test_two_runs_do_not_write_one_file(tmp_path):
     DetectionParts(path, {}).__exit__()
 
 
-def test_several_processes_of_which_some_are_killed(run, arguments, folder, tmp_path):
-    """As torchrun starts them; the run goes on with one process."""
+def start_two(arguments):
+    """Two processes, as torchrun starts them."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+    sizes = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    ranks = ({"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1"))
+    return [
+        Program(ROOT / "demo" / "demo.py", *arguments, env=address | sizes | own) for own in ranks
+    ]
+
+
+def test_several_processes_that_are_killed_go_on(run, arguments, folder, tmp_path):
     many = tmp_path / "many"
     for number in range(10):
-        for name in FILES:
-            path = many / f"{number}" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(folder / "photos" / name, path)
+        shutil.copytree(folder / "photos", many / str(number))
     args = ["--input", many, "--save-detections", tmp_path / "found.json"]
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
     absolute = arguments(*args, weights=str(folder / "model.pth"))
-    processes = []
-    for rank in range(2):
-        sizes = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        program = Program(ROOT / "demo" / "demo.py", *absolute, env=sizes | ranks | address)
-        processes.append(program)
+    processes = start_two(absolute)
     parts = [tmp_path / "found.json.parts" / f"0000{rank}.jsonl" for rank in range(2)]
     end = time.monotonic() + 60
     while time.monotonic() < end and not all(p.exists() and p.stat().st_size for p in parts):
@@ -290,12 +289,16 @@ def test_several_processes_of_which_some_are_killed(run, arguments, folder, tmp_
         program.process.kill()
     errors = [program.wait().stderr for program in processes]
     assert not (tmp_path / "found.json").exists(), errors
-    lines = [part.read_text().count("\n") for part in parts]
-    assert min(lines) > 0 and sum(lines) < 60, errors
+    shares = [{line.split(",")[0] for line in part.read_text().splitlines()} for part in parts]
+    assert all(shares) and not shares[0] & shares[1], errors
+    assert sum(map(len, shares)) < 60
 
-    assert run(*args) == 0
+    for program in start_two(absolute):
+        done = program.wait()
+        assert done.returncode == 0, done.stderr
     assert run(*args[:-1], tmp_path / "whole.json") == 0
     assert (tmp_path / "found.json").read_text() == (tmp_path / "whole.json").read_text()
+    assert not (tmp_path / "found.json.parts").exists()
 
 
 @pytest.mark.parametrize(

@@ -284,9 +284,7 @@ def test_the_program_writes_pictures(arguments, tmp_path, capsys):
     out = tmp_path / "out"
     inputs = ["--input", tmp_path / "a", "--output", out]
 
-    assert (
-        demo.run(arguments(*inputs, "--show-sampling", "--sampling-pixels", "0,0", "49,63")) == 0
-    )
+    assert demo.run(arguments(*inputs, "--show-sampling", "--sampling-pixels", "0,0", "49,63")) == 0
 
     written = sorted(p.name for p in out.iterdir())
     assert written == ["x.jpg", "x.png", "x_sampling.png", "x_sampling_2.png"]

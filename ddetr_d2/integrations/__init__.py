@@ -1,0 +1,1 @@
+"""Detectors for other libraries, which are imported by these modules alone."""
