@@ -160,6 +160,15 @@ def test_freezing(name, freeze_at, last_frozen, first_trained, freeze_batch_norm
     assert bool(moved) == (not freeze_batch_norm and name != "convnext_atto")
 
 
+def test_what_has_no_effect_is_not_trained():
+    """Distributed training would wait for its gradient."""
+    backbone = TimmBackbone("hrnet_w18_small", THREE)
+    features = backbone(torch.rand(1, 3, 64, 64))
+    sum(feature.sum() for feature in features.values()).backward()
+    trained = [p for p in backbone.parameters() if p.requires_grad]
+    assert trained and all(parameter.grad is not None for parameter in trained)
+
+
 def test_learning_rate_of_the_backbone():
     cfg = configuration("deformable_detr", SMALL, "SOLVER.BACKBONE_MULTIPLIER", "0.25")
     model = build_model(cfg)
