@@ -61,8 +61,9 @@ class Case:
     Attributes:
         name: part, sizes and pass, in words.
         make: prepares each implementation, by its name; picklable where memory is measured. An
-            ImportError or UserError leaves the implementation out. The first one that is not left
-            out is what the others are compared with.
+            ImportError or UserError, and any error of what is not this project's, leaves the
+            implementation out. The first one that is not left out is what the others are compared
+            with.
         seconds: what one turn of all takes, roughly, on two cores: for the time left.
         memory: measure memory as well.
         short: see :func:`benchmarks.timing.in_turns`.
@@ -147,14 +148,19 @@ class Case:
             progress.set_description_str(f"{self.name}: {name}")
             try:
                 candidate = make()
+                result = (candidate.result or candidate.run)()
             except ImportError as error:
                 note(f"{self.name}: {name} is left out, pip install {error.name} brings it.")
                 continue
             except UserError as error:
                 note(f"{self.name}: {name} is left out: {error}")
                 continue
+            except Exception as error:  # what others raise where they cannot run
+                if name.startswith(OURS):
+                    raise
+                note(f"{self.name}: {name} is left out: it fails with {error!r}")
+                continue
             if candidate.result is not None:
-                result = candidate.result()
                 expected = result if expected is None else expected
                 differences[name] = (
                     result if isinstance(result, float) else relative_difference(result, expected)
@@ -167,7 +173,7 @@ class Case:
                     raise RuntimeError(f"{self.name}: {name} is no use, {wrong}")
                 note(f"{self.name}: {name} is left out: {wrong}.")
                 continue
-            if candidate.result is not candidate.run:
+            if candidate.result not in (None, candidate.run):
                 candidate.run()  # once untimed
             prepared[name] = candidate
         progress.set_description_str(self.name)

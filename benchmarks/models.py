@@ -17,6 +17,7 @@ from ddetr_d2.engine import setup_cfg
 from ddetr_d2.modeling import prepare_for_inference
 
 from .cases import OURS, Case, Prepared
+from .graphs import record
 
 THEIRS = "transformers"
 CLASSES = 91  # as in the published models
@@ -110,7 +111,13 @@ def normalised(folder: str, images: Sequence[Tensor]) -> Tensor:
 def autocast(device: str, dtype: torch.dtype) -> torch.autocast:
     """Mixed precision, if ``dtype`` has 16 bits."""
     enabled = dtype != torch.float32
-    return torch.autocast(device, dtype if enabled else torch.bfloat16, enabled=enabled)
+    return torch.autocast(
+        device,
+        dtype if enabled else torch.bfloat16,
+        enabled=enabled,
+        # Kept copies of weights would outlive the CUDA graph that made them.
+        cache_enabled=not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing(),
+    )
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -141,6 +148,32 @@ def prepare_ours(
     return Prepared(run, result, tolerance, "profile")
 
 
+def prepare_graph(
+    folder: str, device: str, batch: int, size: Sequence[int], dtype: torch.dtype
+) -> Prepared:
+    """The model as one CUDA graph, which gives scores and boxes and chooses no detections.
+
+    Raises:
+        UserError: it cannot be recorded.
+    """
+    model = prepare_for_inference(read_ours(folder, device).build())
+    inputs = [{"image": image} for image in make_images(batch, size, device)]
+    pixels = model.preprocess_image(inputs).tensor
+
+    def predict() -> list[Tensor]:
+        with torch.no_grad(), autocast(device, dtype):
+            layers, _ = model.predict(pixels, None)
+        return [layers[-1].logits.sigmoid(), layers[-1].boxes]
+
+    replay, outputs = record(predict)
+
+    def result() -> list[Tensor]:
+        replay()
+        return outputs
+
+    return Prepared(replay, result, TOLERANCE if dtype == torch.float32 else float("inf"))
+
+
 def prepare_theirs(folder: str, device: str, batch: int, size: Sequence[int]) -> Prepared:
     """The same of transformers' model, which gets normalised images and chooses no detections."""
     model = read_theirs(folder, device)
@@ -163,6 +196,11 @@ def cases(
             arguments = (folder, device, batch, size)
             make: dict[str, Callable[[], Prepared]] = {THEIRS: partial(prepare_theirs, *arguments)}
             make |= {name_of(dtype): partial(prepare_ours, *arguments, dtype) for dtype in dtypes}
+            if device == "cuda":
+                make |= {
+                    f"{name_of(dtype)}, CUDA graph": partial(prepare_graph, *arguments, dtype)
+                    for dtype in dtypes
+                }
             yield Case(
                 f"{size[0]}x{size[1]}, batch {batch}",
                 make,

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddetr_d2.layers import ms_deform_attn, ms_deform_attn_reference
+from ddetr_d2.errors import UserError
+from ddetr_d2.layers import MSDeformAttn, ms_deform_attn, ms_deform_attn_reference
 
 from .cases import OURS, Case, Prepared
 from .timing import kernel_seconds
@@ -56,26 +57,29 @@ class Workload:
 
     def make_inputs(self) -> list[Tensor]:
         """Value (N, S, M, D), locations (N, Q, M, L, K, 2), weights (N, Q, M, L, K)."""
-        generator = torch.Generator().manual_seed(0)
+        device = self.device
+        generator = torch.Generator(device).manual_seed(0)
         tokens = sum(height * width for height, width in self.shapes)
-        value = torch.randn(self.batch, tokens, HEADS, CHANNELS, generator=generator)
+        random = {"generator": generator, "device": device}
+        value = torch.randn(self.batch, tokens, HEADS, CHANNELS, **random)
         shape = (self.batch, self.queries or tokens, HEADS, len(STRIDES), POINTS, 2)
         if self.queries is None:
-            sizes = torch.tensor(self.shapes).flip(1)  # width, height
-            locations = torch.randn(shape, generator=generator) * (SPREAD / sizes[:, None])
-            locations += token_centers(self.shapes)[:, None, None, None]
+            sizes = torch.tensor(self.shapes, device=device).flip(1)  # width, height
+            locations = torch.randn(shape, **random) * (SPREAD / sizes[:, None])
+            locations += token_centers(self.shapes)[:, None, None, None].to(device)
         else:
-            locations = torch.rand(shape, generator=generator)
-        weights = torch.rand(shape[:-1], generator=generator)
+            locations = torch.rand(shape, **random)
+        weights = torch.rand(shape[:-1], **random)
         weights /= weights.sum((-2, -1), keepdim=True)
-        return [x.to(self.device, self.dtype) for x in (value, locations, weights)]
+        return [x.to(self.dtype) for x in (value, locations, weights)]
 
     def make_grad_output(self) -> Tensor:
         """Gradient of the output (N, Q, M * D)."""
         tokens = sum(height * width for height, width in self.shapes)
         shape = (self.batch, self.queries or tokens, HEADS * CHANNELS)
-        grad = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-        return grad.to(self.device, self.dtype)
+        generator = torch.Generator(self.device).manual_seed(1)
+        grad = torch.randn(shape, generator=generator, device=self.device)
+        return grad.to(self.dtype)
 
 
 def token_centers(shapes: Sequence[tuple[int, int]]) -> Tensor:
@@ -115,6 +119,17 @@ def _deformops(work: Workload) -> Operator:
     return lambda value, *rest: msda(value, shapes, starts, *rest, method="linear")
 
 
+def _msda_triton(work: Workload) -> Operator:
+    from msda_triton import frontend
+
+    if work.dtype == torch.bfloat16:
+        raise UserError("it has no kernels for bfloat16.")
+    # Its usual entrance goes over to plain PyTorch without a word where a kernel fails.
+    function = frontend.triton_multiscale_deformable_attention
+    shapes = torch.tensor(work.shapes, device=work.device)
+    return lambda value, *rest: function(value, shapes, *rest, "zeros", False).flatten(2)
+
+
 def _grid_sample_alone(work: Workload) -> Operator:
     """As a measure, the one call of grid_sample for the first of the four levels."""
     value, locations, _ = work.make_inputs()
@@ -130,8 +145,10 @@ IMPLEMENTATIONS = {
     "transformers": _transformers,
     "reference": _reference,
     "deformops": _deformops,
+    "msda-triton": _msda_triton,
     OURS: _ours,
 }
+FOR_CUDA = ("deformops", "msda-triton")
 
 
 def make_run(
@@ -171,6 +188,33 @@ def prepare(name: str, work: Workload) -> Prepared:
     return Prepared(run, run, TOLERANCES[work.dtype], limit)
 
 
+def prepare_module(name: str, work: Workload) -> Prepared:
+    """The module around the operator without gradients, with its projections.
+
+    It computes locations and weights in the operator, and "in steps" before it.
+    """
+    torch.manual_seed(0)
+    module = MSDeformAttn(HEADS * CHANNELS, HEADS, len(STRIDES), POINTS)
+    torch.nn.init.normal_(module.sampling_offsets.weight, std=0.1)
+    torch.nn.init.normal_(module.attention_weights.weight, std=0.1)
+    module = module.to(work.device, work.dtype)
+    if name != OURS:
+        module.operator = lambda *arguments: ms_deform_attn(*arguments)
+    tokens = work.make_inputs()[0].flatten(2)
+    query = work.make_grad_output()
+    if work.queries is None:
+        reference = token_centers(work.shapes).to(work.device).expand(work.batch, -1, -1)
+    else:
+        reference = torch.rand(work.batch, work.queries, 2, device=work.device)
+    reference = reference[:, :, None].expand(-1, -1, len(STRIDES), -1).contiguous()
+
+    def run() -> list[Tensor]:
+        with torch.no_grad():
+            return [module(query, reference, tokens, work.shapes, work.starts)]
+
+    return Prepared(run, run, TOLERANCES[work.dtype])
+
+
 def expected(work: Workload) -> list[Tensor]:
     """The formulation in plain PyTorch, in float32, with the same rounded numbers."""
     return make_run(_reference(work), work, torch.float32)()
@@ -197,10 +241,10 @@ def copy_bandwidth(device: str) -> float:
 
 def cases(device: str, sizes: Sequence[tuple[int, int]], dtypes: Sequence[torch.dtype]):
     """Encoder and decoder, and the host's time of a call with a single query."""
-    names = [name for name in IMPLEMENTATIONS if device == "cuda" or name != "deformops"]
+    names = [name for name in IMPLEMENTATIONS if device == "cuda" or name not in FOR_CUDA]
     for size, dtype in itertools.product(sizes, dtypes):
         for queries, batch, direction in itertools.product(
-            (None, DECODER_QUERIES), (1, 2, 8) if device == "cuda" else (1, 2), (FORWARD, BACKWARD)
+            (None, DECODER_QUERIES), (1, 4) if device == "cuda" else (1, 2), (FORWARD, BACKWARD)
         ):
             work = Workload(queries, batch, size, dtype, device, direction)
             pixels = 0 if queries else batch * size[0] * size[1] / (800 * 1066)
@@ -213,6 +257,17 @@ def cases(device: str, sizes: Sequence[tuple[int, int]], dtypes: Sequence[torch.
                 short=True,
                 timer=kernel_seconds,
                 expected=partial(expected, work),
+            )
+        for queries in (None, DECODER_QUERIES):
+            work = Workload(queries, 1, size, dtype, device, FORWARD)
+            pixels = 0 if queries else size[0] * size[1] / (800 * 1066)
+            yield Case(
+                f"{'decoder' if queries else 'encoder'}, {size[0]}x{size[1]}, batch 1, "
+                f"{str(dtype).removeprefix('torch.')}, module",
+                {name: partial(prepare_module, name, work) for name in ("in steps", OURS)},
+                seconds=0.5 + pixels,
+                short=True,
+                timer=kernel_seconds,
             )
     for direction in (FORWARD, RECORDED):
         work = Workload(1, 1, (64, 64), torch.float32, device, direction)

@@ -11,6 +11,8 @@ Timer = Callable[[Run], float]
 
 # A turn of a short function consists of as many calls as take this long.
 TURN_SECONDS, MOST_CALLS = 0.2, 1000
+# For which a GPU is kept waiting before a call, in its cycles, and roughly in seconds.
+WAIT_CYCLES, WAIT_SECONDS = 10_000_000, 0.006
 # Cases that take longer than this end after three turns.
 CASE_SECONDS, FEWEST_TURNS = 60.0, 3
 
@@ -40,7 +42,7 @@ def kernel_seconds(function: Run) -> float:
         return wall_seconds(function)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.empty(1 << 28, dtype=torch.uint8, device="cuda").zero_()
-    torch.cuda._sleep(10_000_000)
+    torch.cuda._sleep(WAIT_CYCLES)
     start.record()
     function()
     end.record()
@@ -68,10 +70,11 @@ def in_turns(
     Returns:
         the duration of each turn of each function, in seconds for one call.
     """
-    calls = dict.fromkeys(functions, 1)
+    calls, gpu = dict.fromkeys(functions, 1), torch.cuda.is_initialized()
     if short:
         for name, function in functions.items():
-            calls[name] = max(1, min(MOST_CALLS, round(TURN_SECONDS / timer(function))))
+            seconds = timer(function) + (WAIT_SECONDS if timer is kernel_seconds and gpu else 0)
+            calls[name] = max(1, min(MOST_CALLS, round(TURN_SECONDS / seconds)))
     times: dict[str, list[float]] = {name: [] for name in functions}
     begin = time.monotonic()
     for turn in range(turns):
