@@ -9,12 +9,6 @@ import argparse
 import contextlib
 import logging
 
-import torch
-from detectron2.config import CfgNode
-from detectron2.engine import default_setup
-from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
-
 from ddetr_d2.checkpoint import newest_checkpoint, read_class_names
 from ddetr_d2.data import coco_set, infer_num_classes, register_datasets
 from ddetr_d2.data.report import short_report
@@ -26,6 +20,12 @@ from ddetr_d2.engine.output_folder import make_folder, output_folder
 from ddetr_d2.errors import UserError
 from ddetr_d2.main_process import on_main_process
 from ddetr_d2.modeling import prepare_for_inference, test_time_augmentation
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 
 def configure(args: argparse.Namespace) -> CfgNode:

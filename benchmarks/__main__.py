@@ -15,11 +15,11 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 
-import torch
-from tqdm import tqdm
-
 from ddetr_d2.config import config_file
 from ddetr_d2.errors import UserError, exit_on_user_error
+
+import torch
+from tqdm import tqdm
 
 from . import export, models, operator, training
 from .cases import COLUMNS, Case

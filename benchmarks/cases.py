@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from ddetr_d2.errors import UserError
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
-
-from ddetr_d2.errors import UserError
 
 from . import profiling
 from .memory import MEGABYTE, peak_gpu_memory, peak_memory

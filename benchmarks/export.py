@@ -4,11 +4,11 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import torch
-from torch import Tensor
-
 from ddetr_d2.export import LOADERS, WRITERS, ExportableDetector, compare, example_inputs
 from ddetr_d2.modeling import SetDetector, prepare_for_inference
+
+import torch
+from torch import Tensor
 
 from .cases import OURS, Case, Prepared
 from .models import TOLERANCE, read_ours

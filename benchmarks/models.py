@@ -5,16 +5,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from ddetr_d2.checkpoint.writing import write_checkpoint, write_transformers
+from ddetr_d2.detector import Configured, configure
+from ddetr_d2.engine import setup_cfg
+from ddetr_d2.modeling import prepare_for_inference
+
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from safetensors.torch import load
 from torch import Tensor, nn
-
-from ddetr_d2.checkpoint.writing import write_checkpoint, write_transformers
-from ddetr_d2.detector import Configured, configure
-from ddetr_d2.engine import setup_cfg
-from ddetr_d2.modeling import prepare_for_inference
 
 from .cases import OURS, Case, Prepared
 from .graphs import record

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from ddetr_d2.errors import UserError
+from ddetr_d2.layers import MSDeformAttn, ms_deform_attn, ms_deform_attn_reference
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from ddetr_d2.errors import UserError
-from ddetr_d2.layers import MSDeformAttn, ms_deform_attn, ms_deform_attn_reference
 
 from .cases import OURS, Case, Prepared
 from .timing import kernel_seconds

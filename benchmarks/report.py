@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ddetr_d2.errors import UserError
+
 import torch
 from tabulate import tabulate
 from tqdm import tqdm
-
-from ddetr_d2.errors import UserError
 
 Record = dict[str, Any]
 

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from ddetr_d2.engine.optimizer import build_clipping, build_optimizer
+from ddetr_d2.engine.training_step import TrainingStep
+
 import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from torchvision.ops import box_convert
-
-from ddetr_d2.engine.optimizer import build_clipping, build_optimizer
-from ddetr_d2.engine.training_step import TrainingStep
 
 from .cases import Case, Prepared
 from .models import (

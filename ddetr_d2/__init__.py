@@ -1,8 +1,13 @@
 """DETR and Deformable DETR as a Detectron2 extension."""
 
+import warnings
 from typing import Any
 
-from . import modeling  # noqa: F401  registers the meta-architectures
+with warnings.catch_warnings():
+    # Detectron2 and fvcore use it while they are imported, which torch 2.15 warns of.
+    warnings.filterwarnings("ignore", "`torch.jit.script` is", FutureWarning)
+    from . import modeling  # noqa: F401  registers the meta-architectures
+
 from .config import add_deformable_detr_config, config_file
 from .version import __version__
 

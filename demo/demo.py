@@ -17,6 +17,11 @@ import os
 import sys
 from collections.abc import Sequence
 
+from ddetr_d2 import Detector
+from ddetr_d2.engine.launch import launch
+from ddetr_d2.errors import UserError
+from ddetr_d2.main_process import on_main_process
+
 import torch
 from detections import DetectionParts, check_detections_file, settings_of
 from detectron2.utils import comm
@@ -28,11 +33,6 @@ from sampling import SamplingRequest, parse_pixels
 from torch import distributed as dist
 from video import run_on_video
 from window import check_windows
-
-from ddetr_d2 import Detector
-from ddetr_d2.engine.launch import launch
-from ddetr_d2.errors import UserError
-from ddetr_d2.main_process import on_main_process
 
 SAMPLING_DETECTIONS = 4
 # Seconds without progress after which a process counts as hanging; a disk of the network may stand

@@ -15,13 +15,13 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
-from detectron2.structures import Instances
-from detectron2.utils import comm
-
 from ddetr_d2 import Detector
 from ddetr_d2.checkpoint.whole_files import cannot_be_written
 from ddetr_d2.errors import UserError
 from ddetr_d2.main_process import on_main_process
+
+from detectron2.structures import Instances
+from detectron2.utils import comm
 
 try:
     import fcntl

@@ -5,12 +5,12 @@ import mimetypes
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
+from ddetr_d2.data.images import image_suffixes, is_image
+from ddetr_d2.errors import UserError
+
 import cv2
 import numpy as np
 from PIL import Image
-
-from ddetr_d2.data.images import image_suffixes, is_image
-from ddetr_d2.errors import UserError
 
 # What OpenCV writes in colour and without being asked for options.
 DRAWING_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")

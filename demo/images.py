@@ -6,6 +6,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ddetr_d2 import Detector
+from ddetr_d2.data import read_image
+from ddetr_d2.errors import UserError
+from ddetr_d2.visualization import AttentionRecorder, draw_sampling
+
 import numpy as np
 from detections import DetectionParts
 from detectron2.utils import comm
@@ -13,11 +18,6 @@ from files import write_image
 from sampling import SamplingRequest
 from tqdm import tqdm
 from window import show
-
-from ddetr_d2 import Detector
-from ddetr_d2.data import read_image
-from ddetr_d2.errors import UserError
-from ddetr_d2.visualization import AttentionRecorder, draw_sampling
 
 # Seconds between two states of the progress in a log file.
 LOG_INTERVAL = 10

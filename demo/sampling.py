@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ddetr_d2.data import read_image
+from ddetr_d2.errors import UserError
+from ddetr_d2.visualization import AttentionRecorder, SamplingPanel, check_pixel
+
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import _create_text_labels
 from tqdm import tqdm
-
-from ddetr_d2.data import read_image
-from ddetr_d2.errors import UserError
-from ddetr_d2.visualization import AttentionRecorder, SamplingPanel, check_pixel
 
 
 @dataclass(frozen=True)

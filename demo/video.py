@@ -2,15 +2,15 @@
 
 from collections.abc import Iterator
 
+from ddetr_d2 import Detector
+from ddetr_d2.errors import UserError
+from ddetr_d2.visualization import set_label_fonts
+
 import cv2
 import numpy as np
 from detectron2.utils.video_visualizer import VideoVisualizer
 from tqdm import tqdm
 from window import show
-
-from ddetr_d2 import Detector
-from ddetr_d2.errors import UserError
-from ddetr_d2.visualization import set_label_fonts
 
 
 def run_on_video(

@@ -3,10 +3,10 @@
 import os
 import sys
 
+from ddetr_d2.errors import UserError
+
 import cv2
 import numpy as np
-
-from ddetr_d2.errors import UserError
 
 WINDOW = "Deformable DETR"
 

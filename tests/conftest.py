@@ -4,11 +4,11 @@ import functools
 import importlib.util
 from pathlib import Path
 
-import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
-
 from ddetr_d2.data import datasets
 from ddetr_d2.data.synthetic import make_synthetic
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from .programs import run_program
 

@@ -6,6 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ddetr_d2.checkpoint.transformers import from_transformers, to_transformers
+from ddetr_d2.engine import setup_cfg
+from ddetr_d2.modeling import SetDetector
+from ddetr_d2.modeling.matcher import Target
+
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
@@ -15,11 +20,6 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
-
-from ddetr_d2.checkpoint.transformers import from_transformers, to_transformers
-from ddetr_d2.engine import setup_cfg
-from ddetr_d2.modeling import SetDetector
-from ddetr_d2.modeling.matcher import Target
 
 from .conftest import ROOT, TINY
 

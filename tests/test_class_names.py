@@ -2,9 +2,9 @@
 
 import unicodedata
 
-import pytest
-
 from ddetr_d2.class_names import listed, match_classes
+
+import pytest
 
 
 @pytest.mark.parametrize(

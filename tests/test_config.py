@@ -1,10 +1,10 @@
 """Configurations by name."""
 
-import pytest
-import yaml
-
 import ddetr_d2
 from ddetr_d2.errors import UserError
+
+import pytest
+import yaml
 
 from .conftest import ROOT
 

@@ -5,6 +5,12 @@ import sys
 import warnings
 from pathlib import Path
 
+from ddetr_d2 import Detector
+from ddetr_d2.checkpoint import DetrCheckpointer
+from ddetr_d2.engine import setup_cfg
+from ddetr_d2.errors import UserError, exit_on_user_error
+from ddetr_d2.visualization import draw_detections
+
 import cv2
 import numpy as np
 import pytest
@@ -13,12 +19,6 @@ from detectron2.data.catalog import Metadata
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from PIL import Image
-
-from ddetr_d2 import Detector
-from ddetr_d2.checkpoint import DetrCheckpointer
-from ddetr_d2.engine import setup_cfg
-from ddetr_d2.errors import UserError, exit_on_user_error
-from ddetr_d2.visualization import draw_detections
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "demo"))  # as Python does for the program

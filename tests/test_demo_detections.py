@@ -8,17 +8,17 @@ import socket
 import sys
 import time
 
+from ddetr_d2 import Detector
+from ddetr_d2.checkpoint import DetrCheckpointer
+from ddetr_d2.engine import setup_cfg
+from ddetr_d2.errors import UserError
+
 import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
 from PIL import Image
 from pycocotools.coco import COCO
-
-from ddetr_d2 import Detector
-from ddetr_d2.checkpoint import DetrCheckpointer
-from ddetr_d2.engine import setup_cfg
-from ddetr_d2.errors import UserError
 
 from .conftest import ROOT, TINY
 from .programs import Program

@@ -3,6 +3,11 @@
 import sys
 from pathlib import Path
 
+from ddetr_d2.checkpoint import DetrCheckpointer
+from ddetr_d2.engine import setup_cfg
+from ddetr_d2.errors import UserError, exit_on_user_error
+from ddetr_d2.visualization import AttentionRecorder, SamplingPanel, SamplingPoints, draw_sampling
+
 import cv2
 import numpy as np
 import pytest
@@ -11,11 +16,6 @@ from detectron2.data.catalog import Metadata
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from PIL import Image
-
-from ddetr_d2.checkpoint import DetrCheckpointer
-from ddetr_d2.engine import setup_cfg
-from ddetr_d2.errors import UserError, exit_on_user_error
-from ddetr_d2.visualization import AttentionRecorder, SamplingPanel, SamplingPoints, draw_sampling
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "demo"))  # as Python does for the program

@@ -1,12 +1,5 @@
 """A detector is one file and three lines."""
 
-import numpy as np
-import pytest
-import torch
-from detectron2.engine import DefaultPredictor
-from detectron2.modeling import build_model
-from PIL import Image
-
 from ddetr_d2 import Detector
 from ddetr_d2.checkpoint import DetrCheckpointer
 from ddetr_d2.checkpoint.writing import to_reference, write_checkpoint, write_transformers
@@ -14,6 +7,13 @@ from ddetr_d2.data import build_augmentation
 from ddetr_d2.detector import configure
 from ddetr_d2.engine import setup_cfg
 from ddetr_d2.errors import UserError
+
+import numpy as np
+import pytest
+import torch
+from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
+from PIL import Image
 
 from .conftest import ROOT, TINY
 

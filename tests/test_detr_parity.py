@@ -9,6 +9,8 @@ import copy
 import functools
 from unittest import mock
 
+from ddetr_d2.modeling.matcher import Target
+
 import pytest
 import timm
 import torch
@@ -16,8 +18,6 @@ from detectron2.config import CfgNode
 from torch import Tensor
 from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor
 from transformers.models.detr.modeling_detr import DetrObjectDetectionOutput
-
-from ddetr_d2.modeling.matcher import Target
 
 from .parity import (
     Batch,

@@ -3,11 +3,11 @@
 import multiprocessing
 import traceback
 
-import pytest
-import torch.distributed
-
 from ddetr_d2.errors import UserError
 from ddetr_d2.main_process import on_main_process
+
+import pytest
+import torch.distributed
 
 
 def decide(rank, file, answers):

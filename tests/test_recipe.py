@@ -1,9 +1,9 @@
 """What the configurations choose, where the recipe of the paper and Detectron2's habits differ."""
 
+from ddetr_d2.engine import setup_cfg
+
 import pytest
 from detectron2.config import CfgNode
-
-from ddetr_d2.engine import setup_cfg
 
 from .conftest import ROOT
 

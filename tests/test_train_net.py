@@ -4,10 +4,10 @@ import json
 import re
 import shutil
 
+from ddetr_d2.data.synthetic import make_synthetic
+
 import pytest
 import torch
-
-from ddetr_d2.data.synthetic import make_synthetic
 
 from .conftest import MEMBERS, ROOT, TINY
 

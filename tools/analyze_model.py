@@ -16,6 +16,13 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from ddetr_d2.data import data_set_classes, register_datasets
+from ddetr_d2.detector import configure
+from ddetr_d2.engine import Trainer, setup_cfg
+from ddetr_d2.errors import UserError, exit_on_user_error
+from ddetr_d2.layers import MSDeformAttn, ms_deform_attn
+from ddetr_d2.layers.flops import add_activation_handles, add_flop_handles
+
 import numpy as np
 import torch
 from detectron2.config import CfgNode
@@ -28,13 +35,6 @@ from fvcore.nn.jit_analysis import JitModelAnalysis
 from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
-
-from ddetr_d2.data import data_set_classes, register_datasets
-from ddetr_d2.detector import configure
-from ddetr_d2.engine import Trainer, setup_cfg
-from ddetr_d2.errors import UserError, exit_on_user_error
-from ddetr_d2.layers import MSDeformAttn, ms_deform_attn
-from ddetr_d2.layers.flops import add_activation_handles, add_flop_handles
 
 TASKS = ("parameter", "flop", "activation", "structure")
 DEFAULT_SIZE = (800, 1066)

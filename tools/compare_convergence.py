@@ -21,15 +21,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ddetr_d2.engine import setup_cfg
+from ddetr_d2.errors import UserError, exit_on_user_error
+
 from convergence_curves import Curve
 from convergence_figures import draw
 from convergence_members import ABLATION, DEFAULT, MEMBERS, check_members
 from convergence_runs import CONFIG_FILE, Comparison, Run, run_all
 from convergence_settings import Settings
 from convergence_tables import Results, write_tables
-
-from ddetr_d2.engine import setup_cfg
-from ddetr_d2.errors import UserError, exit_on_user_error
 
 QUICK_MEMBERS = ("detr", "deformable-single-scale", "deformable-refine")
 QUICK = Settings(iterations=600, baseline_factor=5, rates=(), train_images=2000, backbone_steps=200)

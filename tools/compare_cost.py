@@ -25,14 +25,15 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for benchmarks
 
+from ddetr_d2.checkpoint.whole_files import whole_file
+from ddetr_d2.errors import UserError, exit_on_user_error
+
 from cost_cases import MEMBERS, PARTS, PASSES, build, case, peak_bytes
 from cost_figures import QUANTITIES, draw, rows_of, series, tables
 
 from benchmarks.memory import MEGABYTE
 from benchmarks.report import Record, describe, environment, note
 from benchmarks.timing import Run, in_turns, wall_seconds
-from ddetr_d2.checkpoint.whole_files import whole_file
-from ddetr_d2.errors import UserError, exit_on_user_error
 
 SHORT_SIDES = (256, 352, 480, 640, 864, 1184, 1600)
 ASPECT = 4 / 3

@@ -9,15 +9,15 @@ import json
 import logging
 from pathlib import Path
 
+from ddetr_d2.checkpoint.whole_files import save_whole
+from ddetr_d2.modeling.backbone import build_detr_backbone
+
 import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from ddetr_d2.checkpoint.whole_files import save_whole
-from ddetr_d2.modeling.backbone import build_detr_backbone
 
 logger = logging.getLogger(__name__)
 

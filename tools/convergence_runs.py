@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from convergence_backbone import train_backbone
-from convergence_curves import Curve, read_curve
-from convergence_members import MEMBERS
-from convergence_settings import MAY_CHANGE, Settings
-
 from ddetr_d2.checkpoint.whole_files import whole_file
 from ddetr_d2.data.shapes import SPLITS
 from ddetr_d2.data.synthetic import make_synthetic
 from ddetr_d2.engine import setup_cfg
 from ddetr_d2.errors import UserError
+
+from convergence_backbone import train_backbone
+from convergence_curves import Curve, read_curve
+from convergence_members import MEMBERS
+from convergence_settings import MAY_CHANGE, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG_FILE = ROOT / "configs" / "convergence.yaml"

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from convergence_members import MEMBERS
-
 from ddetr_d2.errors import UserError
+
+from convergence_members import MEMBERS
 
 # When a run is evaluated, in intervals: densely at first, then ever less so.
 _EVALUATIONS = (*range(1, 11), *range(12, 21, 2), *range(25, 51, 5), *range(60, 1001, 10))

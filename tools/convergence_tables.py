@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ddetr_d2.checkpoint.whole_files import whole_file
+
 import numpy as np
 from convergence_curves import METRICS, Curve
 from convergence_members import MEMBERS
 from tabulate import tabulate
-
-from ddetr_d2.checkpoint.whole_files import whole_file
 
 # AP levels of the tables, in percent; those that a member comes to.
 LEVELS = (5, 10, 20, 30, 40, 50, 60)

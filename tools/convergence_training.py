@@ -20,12 +20,13 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for train_net
 
-import train_net
 from ddetr_d2.data import DetrDatasetMapper, load_records
 from ddetr_d2.engine import Trainer
 from ddetr_d2.engine.launch import launch
 from ddetr_d2.engine.layout import launch_argument_parser
 from ddetr_d2.engine.output_folder import output_folder
+
+import train_net
 
 
 class ProcessorTime(hooks.HookBase):

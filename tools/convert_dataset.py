@@ -34,12 +34,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ddetr_d2.checkpoint.writing import Output
 from ddetr_d2.data.coco.image_files import read_headers
 from ddetr_d2.data.wording import counted, plural
 from ddetr_d2.errors import UserError, exit_on_user_error
+
+from tqdm import tqdm
 
 with exit_on_user_error():
     try:

@@ -16,9 +16,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from detectron2.config import CfgNode
-from detectron2.modeling import build_model
-
 from ddetr_d2.checkpoint import DetrCheckpointer
 from ddetr_d2.checkpoint.architecture import (
     CLASS_LOSS,
@@ -36,6 +33,9 @@ from ddetr_d2.detector import nearest_configuration
 from ddetr_d2.engine import setup_cfg
 from ddetr_d2.engine.setup import value_of
 from ddetr_d2.errors import UserError, exit_on_user_error
+
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -4,6 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ddetr_d2.engine import setup_cfg
+from ddetr_d2.modeling import SetDetector
+
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
@@ -12,8 +15,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.memory import peak_gpu_memory
 from benchmarks.timing import Run
-from ddetr_d2.engine import setup_cfg
-from ddetr_d2.modeling import SetDetector
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PARTS = ("encoder layer", "model")

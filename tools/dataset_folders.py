@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from PIL import Image
-
 from ddetr_d2.data.coco.image_files import ImageHeader
 from ddetr_d2.data.wording import counted, plural
 from ddetr_d2.errors import UserError
+
+import numpy as np
+from PIL import Image
 
 SPLIT_OF_FOLDER = {
     **dict.fromkeys(("train", "training", "obj_train_data"), "train"),

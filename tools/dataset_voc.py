@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
 
+from ddetr_d2.data.coco.image_files import ImageHeader
+from ddetr_d2.errors import UserError
+
 import numpy as np
 from dataset_folders import (
     Objects,
@@ -17,9 +20,6 @@ from dataset_folders import (
 )
 from defusedxml.ElementTree import parse as parse_xml
 from supervision.dataset.formats.pascal_voc import detections_from_xml_obj
-
-from ddetr_d2.data.coco.image_files import ImageHeader
-from ddetr_d2.errors import UserError
 
 
 def is_voc(source: Path) -> bool:

@@ -10,6 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ddetr_d2.data.coco.image_files import ImageHeader
+from ddetr_d2.errors import UserError
+
 import yaml
 from dataset_folders import (
     Objects,
@@ -22,9 +25,6 @@ from dataset_folders import (
     splits_by_folder,
 )
 from supervision.dataset.formats.yolo import yolo_annotations_to_detections
-
-from ddetr_d2.data.coco.image_files import ImageHeader
-from ddetr_d2.errors import UserError
 
 CLASS_FILES = ("classes.txt", "obj.names", "_darknet.labels")
 

@@ -13,12 +13,6 @@ import argparse
 import os
 from collections.abc import Sequence
 
-import numpy as np
-import torch
-from detectron2.config import CfgNode
-from detectron2.data import transforms as T
-from torch import Tensor
-
 from ddetr_d2.data import build_augmentation, read_image
 from ddetr_d2.detector import configure
 from ddetr_d2.errors import UserError, exit_on_user_error
@@ -33,6 +27,12 @@ from ddetr_d2.export import (
     example_inputs,
 )
 from ddetr_d2.export.formats import require_package
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import transforms as T
+from torch import Tensor
 
 # Largest difference allowed, of scores and of boxes as fractions of the image.
 TOLERANCE = 1e-3

@@ -22,10 +22,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
-from matplotlib.figure import Figure
-
 from ddetr_d2.data.coco import CocoAnnotations, CocoSource, read_annotations
 from ddetr_d2.data.coco.image_files import find_image_files
 from ddetr_d2.data.coco.rows import read_rows
@@ -35,6 +31,10 @@ from ddetr_d2.engine import setup_cfg
 from ddetr_d2.errors import UserError, exit_on_user_error, nearest
 from ddetr_d2.visualization.data_distributions import draw_distributions
 from ddetr_d2.visualization.sample_sheet import draw_samples
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from matplotlib.figure import Figure
 
 CONFIG_FILE = Path(__file__).parent.parent / "configs" / "deformable_detr_refine.yaml"
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 
 matplotlib.use("Agg")  # no display needed
-import matplotlib.pyplot as plt
-
 from ddetr_d2.errors import UserError, exit_on_user_error
+
+import matplotlib.pyplot as plt
 
 AP_KEYS = {"bbox/AP": "AP", "bbox/AP50": "AP50", "bbox/AP75": "AP75"}
 

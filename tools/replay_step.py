@@ -19,9 +19,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
-from detectron2.modeling import build_model
-from tabulate import tabulate
-
 from ddetr_d2.checkpoint.files import read_file
 from ddetr_d2.engine.not_finite import (
     find_bad_module,
@@ -33,6 +30,9 @@ from ddetr_d2.engine.optimizer import build_clipping, build_optimizer
 from ddetr_d2.engine.setup import setup_cfg
 from ddetr_d2.engine.training_step import NotFiniteError, TrainingStep
 from ddetr_d2.errors import UserError, exit_on_user_error
+
+from detectron2.modeling import build_model
+from tabulate import tabulate
 
 ENTRIES = {"config", "model", "batch", "random_states", "iteration", "values"}
 

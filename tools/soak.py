@@ -37,12 +37,12 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")  # no display needed
+from ddetr_d2.data.synthetic import make_synthetic
+from ddetr_d2.errors import UserError, exit_on_user_error
+
 import matplotlib.pyplot as plt
 from tabulate import tabulate
 from tqdm import tqdm
-
-from ddetr_d2.data.synthetic import make_synthetic
-from ddetr_d2.errors import UserError, exit_on_user_error
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG_FILE = ROOT / "configs" / "synthetic_demo.yaml"

@@ -10,13 +10,13 @@ import itertools
 import json
 from pathlib import Path
 
+from ddetr_d2 import Detector
+from ddetr_d2.integrations.sahi import DetrDetectionModel
+
 import numpy as np
 import supervision as sv
 from PIL import Image
 from sahi.predict import get_sliced_prediction
-
-from ddetr_d2 import Detector
-from ddetr_d2.integrations.sahi import DetrDetectionModel
 
 RUN = Path("output/quickstart")
 COLUMNS, ROWS, WIDTH, HEIGHT = 4, 3, 217, 213

@@ -4,13 +4,14 @@ import json
 import subprocess
 import sys
 
+from ddetr_d2.config import config_file
+from ddetr_d2.errors import UserError
+
 import pytest
 import torch
 
 from benchmarks import models
 from benchmarks.__main__ import QUICK_MODEL, main
-from ddetr_d2.config import config_file
-from ddetr_d2.errors import UserError
 
 from ..conftest import ROOT
 

@@ -4,12 +4,13 @@ import math
 import sys
 from functools import partial
 
+from ddetr_d2.errors import UserError
+
 import pytest
 import torch
 from tqdm import tqdm
 
 from benchmarks.cases import Case, Prepared, relative_difference
-from ddetr_d2.errors import UserError
 
 # Megabytes that a call holds at once, and bytes that it leaves behind.
 BLOCK, KEPT = 60, []

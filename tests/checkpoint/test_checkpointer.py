@@ -3,13 +3,13 @@
 import pickle
 from argparse import Namespace
 
-import pytest
-import torch
-from detectron2.modeling import build_model
-
 from ddetr_d2.checkpoint import DetrCheckpointer, read_class_names
 from ddetr_d2.engine import setup_cfg
 from ddetr_d2.errors import UserError
+
+import pytest
+import torch
+from detectron2.modeling import build_model
 
 from ..conftest import ROOT, TINY
 

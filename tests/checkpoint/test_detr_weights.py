@@ -4,16 +4,16 @@ import argparse
 import dataclasses
 import json
 
-import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, DetrConfig, DetrForObjectDetection
-
 from ddetr_d2.checkpoint import DetrCheckpointer, read_class_names
 from ddetr_d2.checkpoint.formats import COCO_IDS, COCO_NAMES, read_weights
 from ddetr_d2.checkpoint.transformers import from_transformers, to_transformers
 from ddetr_d2.checkpoint.writing import to_reference, write_checkpoint, write_transformers
 from ddetr_d2.errors import UserError
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, DetrConfig, DetrForObjectDetection
 
 from .foreign import as_reference_detr
 from .test_formats import (

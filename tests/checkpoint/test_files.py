@@ -6,13 +6,13 @@ import os
 import pickle
 import shutil
 
+from ddetr_d2.checkpoint.files import read_file
+from ddetr_d2.errors import UserError
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-
-from ddetr_d2.checkpoint.files import read_file
-from ddetr_d2.errors import UserError
 
 
 class Evil:

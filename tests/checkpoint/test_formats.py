@@ -4,6 +4,15 @@ import argparse
 import json
 import pickle
 
+from ddetr_d2.checkpoint import DetrCheckpointer, read_class_names
+from ddetr_d2.checkpoint.architecture import built_options
+from ddetr_d2.checkpoint.formats import COCO_IDS, COCO_NAMES, read_weights
+from ddetr_d2.checkpoint.names import REFERENCE, rename, reverse, split_heads
+from ddetr_d2.checkpoint.transformers import from_transformers, to_transformers
+from ddetr_d2.checkpoint.writing import to_reference, write_checkpoint, write_transformers
+from ddetr_d2.engine import setup_cfg
+from ddetr_d2.errors import UserError
+
 import numpy as np
 import pytest
 import timm
@@ -13,15 +22,6 @@ from detectron2.modeling import build_model
 from safetensors.torch import load_file, save_file
 from torchvision.models.feature_extraction import create_feature_extractor
 from transformers import AutoImageProcessor, DeformableDetrConfig, DeformableDetrForObjectDetection
-
-from ddetr_d2.checkpoint import DetrCheckpointer, read_class_names
-from ddetr_d2.checkpoint.architecture import built_options
-from ddetr_d2.checkpoint.formats import COCO_IDS, COCO_NAMES, read_weights
-from ddetr_d2.checkpoint.names import REFERENCE, rename, reverse, split_heads
-from ddetr_d2.checkpoint.transformers import from_transformers, to_transformers
-from ddetr_d2.checkpoint.writing import to_reference, write_checkpoint, write_transformers
-from ddetr_d2.engine import setup_cfg
-from ddetr_d2.errors import UserError
 
 from ..conftest import ROOT, TINY, VARIANTS
 from .foreign import as_caffe2, as_detrex, as_reference

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import pytest
-from detectron2.utils.file_io import PathManager
-
 import ddetr_d2.checkpoint.hub  # noqa: F401  registers the handler
 from ddetr_d2.errors import UserError
+
+import pytest
+from detectron2.utils.file_io import PathManager
 
 from ..hub import COMMIT, Hub
 

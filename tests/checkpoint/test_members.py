@@ -2,16 +2,16 @@
 
 import shlex
 
-import pytest
-import torch
-from detectron2.modeling import build_model
-
 from ddetr_d2.checkpoint import DetrCheckpointer
 from ddetr_d2.checkpoint.architecture import built_options, infer_options, variant
 from ddetr_d2.checkpoint.transformers import to_transformers
 from ddetr_d2.checkpoint.writing import to_reference, write_checkpoint
 from ddetr_d2.engine import setup_cfg
 from ddetr_d2.errors import UserError
+
+import pytest
+import torch
+from detectron2.modeling import build_model
 
 from ..conftest import ROOT, TINY
 from ..programs import run_program

@@ -1,10 +1,10 @@
 """Weights of mmdetection's Deformable DETR, versions 2 and 3."""
 
-import pytest
-import torch
-
 from ddetr_d2.checkpoint import DetrCheckpointer, read_class_names
 from ddetr_d2.checkpoint.formats import COCO_NAMES
+
+import pytest
+import torch
 
 from ..conftest import VARIANTS
 from .foreign import as_mmdetection

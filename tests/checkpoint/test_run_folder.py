@@ -1,11 +1,11 @@
 """Which checkpoint a run continues from."""
 
-import pytest
-
 from ddetr_d2.checkpoint import newest_checkpoint
 from ddetr_d2.checkpoint.run_folder import has_checkpoint
 from ddetr_d2.checkpoint.whole_files import save_whole
 from ddetr_d2.errors import UserError
+
+import pytest
 
 
 def save(folder, name, iteration):

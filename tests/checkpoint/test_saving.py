@@ -1,11 +1,11 @@
 """What DetrCheckpointer saves, keeps and resumes."""
 
+from ddetr_d2.checkpoint import DetrCheckpointer
+from ddetr_d2.errors import UserError
+
 import pytest
 import torch
 from detectron2.checkpoint import Checkpointer
-
-from ddetr_d2.checkpoint import DetrCheckpointer
-from ddetr_d2.errors import UserError
 
 
 class Model(torch.nn.Module):

@@ -9,9 +9,6 @@ import re
 import resource
 import time
 
-import pytest
-import torch
-
 from ddetr_d2.checkpoint.whole_files import (
     find_damage,
     remove_partial_files,
@@ -19,6 +16,9 @@ from ddetr_d2.checkpoint.whole_files import (
     whole_file,
 )
 from ddetr_d2.errors import UserError
+
+import pytest
+import torch
 
 CONTENT = {"model": {"a": torch.arange(5.0), "b": torch.ones(3)}, "iteration": 7}
 

@@ -4,12 +4,12 @@ import copy
 import json
 from pathlib import Path
 
+from ddetr_d2 import add_deformable_detr_config
+
 import numpy as np
 import pytest
 from detectron2.config import CfgNode, get_cfg
 from PIL import Image
-
-from ddetr_d2 import add_deformable_detr_config
 
 CONTENT = {
     "images": [

@@ -1,13 +1,13 @@
 """Lengths after a resize, by the rule of DETR and by Detectron2's."""
 
+from ddetr_d2.data import DetrDatasetMapper, build_augmentation
+from ddetr_d2.data.augmentation import RESIZE_RULES, resized_shape
+from ddetr_d2.errors import UserError
+
 import numpy as np
 import pytest
 from detectron2.data import transforms as T
 from transformers.image_transforms import get_resize_output_image_size as shortest_to
-
-from ddetr_d2.data import DetrDatasetMapper, build_augmentation
-from ddetr_d2.data.augmentation import RESIZE_RULES, resized_shape
-from ddetr_d2.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@
 import itertools
 import time
 
+from ddetr_d2.data.batches import BatchOrder, permutation
+
 import numpy as np
 import pytest
-
-from ddetr_d2.data.batches import BatchOrder, permutation
 
 
 def indices(order: BatchOrder, count: int, step: int = 0) -> list[list[int]]:

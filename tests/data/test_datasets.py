@@ -2,10 +2,6 @@
 
 import logging
 
-import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
-from detectron2.data.datasets import builtin, register_coco_instances
-
 from ddetr_d2.data import (
     coco_set,
     data_set_classes,
@@ -14,6 +10,10 @@ from ddetr_d2.data import (
     register_datasets,
 )
 from ddetr_d2.errors import UserError
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data.datasets import builtin, register_coco_instances
 
 
 def test_own_data_set(cfg, coco):

@@ -4,15 +4,15 @@ import logging
 import struct
 import zlib
 
+from ddetr_d2.data import eight_bits
+from ddetr_d2.data.eight_bits import value_range
+from ddetr_d2.data.images import read_image
+
 import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-from ddetr_d2.data import eight_bits
-from ddetr_d2.data.eight_bits import value_range
-from ddetr_d2.data.images import read_image
 
 RNG = np.random.default_rng(0)
 SHAPE = (20, 30)

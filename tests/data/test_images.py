@@ -1,10 +1,5 @@
 """Image files of every kind, and damaged ones."""
 
-import numpy as np
-import pytest
-from detectron2.data.detection_utils import read_image as detectron2_read_image
-from PIL import Image, ImageCms
-
 from ddetr_d2.data.images import (
     check_image_size,
     image_suffixes,
@@ -13,6 +8,11 @@ from ddetr_d2.data.images import (
     readable_formats,
 )
 from ddetr_d2.errors import UserError
+
+import numpy as np
+import pytest
+from detectron2.data.detection_utils import read_image as detectron2_read_image
+from PIL import Image, ImageCms
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (30, 20, 3), dtype=np.uint8)

@@ -9,14 +9,14 @@ import signal
 import subprocess
 import time
 
+from ddetr_d2.data import DetrDatasetMapper
+from ddetr_d2.data.loader import TrainLoader, build_train_loader, fingerprint
+from ddetr_d2.errors import UserError
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-from ddetr_d2.data import DetrDatasetMapper
-from ddetr_d2.data.loader import TrainLoader, build_train_loader, fingerprint
-from ddetr_d2.errors import UserError
 
 SIZES = [(40, 30), (30, 40), (36, 36), (44, 20), (20, 44), (50, 30), (32, 30)]  # 4 are wide
 

@@ -3,6 +3,9 @@
 import gc
 import io
 
+from ddetr_d2.data import DetrDatasetMapper, build_augmentation, register_datasets
+from ddetr_d2.errors import UserError, exit_on_user_error
+
 import numpy as np
 import pytest
 import torch
@@ -14,9 +17,6 @@ from detectron2.data import (
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 from PIL import Image
-
-from ddetr_d2.data import DetrDatasetMapper, build_augmentation, register_datasets
-from ddetr_d2.errors import UserError, exit_on_user_error
 
 
 @pytest.fixture

@@ -6,15 +6,6 @@ import math
 import re
 from pathlib import Path
 
-import odd_boxes  # noqa: F401, registers its kinds
-import odd_files  # noqa: F401
-import odd_ids  # noqa: F401
-import odd_images  # noqa: F401
-import odd_input
-import pytest
-import torch
-from detectron2.structures import Boxes, BoxMode, Instances
-
 from ddetr_d2.data import (
     DetrDatasetMapper,
     coco_set,
@@ -24,6 +15,16 @@ from ddetr_d2.data import (
 )
 from ddetr_d2.errors import UserError
 from ddetr_d2.evaluation import CocoBoxEvaluator
+
+import odd_boxes  # noqa: F401, registers its kinds
+import odd_files  # noqa: F401
+import odd_ids  # noqa: F401
+import odd_images  # noqa: F401
+import odd_input
+import pytest
+import torch
+from detectron2.structures import Boxes, BoxMode, Instances
+
 from tests.conftest import TINY
 
 KINDS = odd_input.KINDS

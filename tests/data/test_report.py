@@ -5,10 +5,6 @@ import json
 import os
 import shutil
 
-import numpy as np
-import pytest
-from PIL import Image
-
 from ddetr_d2.data.coco import CocoSource, read_annotations
 from ddetr_d2.data.report import (
     compare_classes,
@@ -20,6 +16,10 @@ from ddetr_d2.data.report import (
 )
 from ddetr_d2.data.report import duplicates as duplicates_module
 from ddetr_d2.data.report.data_set import count_sizes
+
+import numpy as np
+import pytest
+from PIL import Image
 
 
 def read(folder, name="train"):

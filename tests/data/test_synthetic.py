@@ -3,14 +3,14 @@
 import json
 from collections import Counter
 
-import cv2
-import numpy as np
-import pytest
-
 from ddetr_d2.data import register_datasets
 from ddetr_d2.data.shapes import CLASSES, SyntheticOptions, _coverage, _place, draw_image
 from ddetr_d2.data.synthetic import main, make_synthetic
 from ddetr_d2.errors import UserError
+
+import cv2
+import numpy as np
+import pytest
 
 
 def files_of(folder):

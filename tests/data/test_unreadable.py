@@ -1,9 +1,9 @@
 """Counting images that cannot be read, in several processes; see test_loader.py for one."""
 
-import pytest
-
 from ddetr_d2.data.unreadable import UnreadableImage, UnreadableImages
 from ddetr_d2.errors import UserError
+
+import pytest
 
 
 def test_processes_stop_together():

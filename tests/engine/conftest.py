@@ -7,11 +7,11 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from ddetr_d2.engine import launch as launching
 from ddetr_d2.engine.launch import launch
 from ddetr_d2.engine.layout import launch_argument_parser
+
+import pytest
 
 TIME_LIMIT = 60  # seconds, for any run here on a busy machine
 

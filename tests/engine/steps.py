@@ -1,14 +1,14 @@
 """Tiny models and batches for tests of the training step."""
 
+from ddetr_d2.engine import setup_cfg
+from ddetr_d2.engine.optimizer import build_clipping, build_optimizer
+from ddetr_d2.engine.training_step import TrainingStep
+
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
-
-from ddetr_d2.engine import setup_cfg
-from ddetr_d2.engine.optimizer import build_clipping, build_optimizer
-from ddetr_d2.engine.training_step import TrainingStep
 
 from ..conftest import ROOT, TINY
 

@@ -4,11 +4,11 @@ import json
 import re
 import shutil
 
+from ddetr_d2.engine.training_step import NotFiniteError
+
 import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-from ddetr_d2.engine.training_step import NotFiniteError
 
 from ..conftest import ROOT, TINY
 from .steps import build, build_step, copy_of_state, images

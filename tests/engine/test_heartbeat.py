@@ -5,10 +5,10 @@ import signal
 import time
 from pathlib import Path
 
+from ddetr_d2.engine import heartbeat
+
 import pytest
 from detectron2.utils import comm
-
-from ddetr_d2.engine import heartbeat
 
 from .conftest import TIME_LIMIT
 

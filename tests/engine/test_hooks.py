@@ -2,10 +2,10 @@
 
 import math
 
+from ddetr_d2.engine.hooks import BestCheckpointer
+
 from detectron2.engine.hooks import HookBase
 from detectron2.engine.train_loop import TrainerBase
-
-from ddetr_d2.engine.hooks import BestCheckpointer
 
 
 class Evaluation(HookBase):

@@ -9,15 +9,15 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-import torch
-from detectron2.utils import comm
-from torch import distributed as dist
-
 from ddetr_d2.engine.launch import launch
 from ddetr_d2.engine.layout import launch_argument_parser
 from ddetr_d2.engine.stopping import RunStopped, StopRequest
 from ddetr_d2.errors import UserError
+
+import pytest
+import torch
+from detectron2.utils import comm
+from torch import distributed as dist
 
 from ..conftest import ROOT
 from .conftest import TIME_LIMIT

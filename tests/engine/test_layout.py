@@ -3,8 +3,6 @@
 import re
 import shlex
 
-import pytest
-
 from ddetr_d2.engine.layout import (
     Layout,
     launch_argument_parser,
@@ -12,6 +10,8 @@ from ddetr_d2.engine.layout import (
     layout_from_environment,
 )
 from ddetr_d2.errors import UserError
+
+import pytest
 
 from ..conftest import ROOT
 

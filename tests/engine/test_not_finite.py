@@ -3,15 +3,15 @@
 import itertools
 import logging
 
-import pytest
-import torch
-
 from ddetr_d2.data import infer_num_classes, register_datasets
 from ddetr_d2.engine import setup_cfg
 from ddetr_d2.engine.not_finite import find_bad_module
 from ddetr_d2.engine.trainer import Trainer
 from ddetr_d2.engine.training_step import NotFiniteError, TrainingStep
 from ddetr_d2.errors import UserError
+
+import pytest
+import torch
 
 from ..conftest import ROOT, TINY
 from ..programs import run_program

@@ -1,14 +1,14 @@
 """Learning rates of the recipe, and the kinds of clipping."""
 
-import pytest
-import torch
-from detectron2.modeling import build_model
-from torch import nn
-
 from ddetr_d2.engine import Trainer, setup_cfg
 from ddetr_d2.engine.optimizer import build_clipping, build_optimizer
 from ddetr_d2.engine.training_step import TrainingStep
 from ddetr_d2.errors import UserError
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from torch import nn
 
 from ..conftest import ROOT, TINY
 

@@ -8,13 +8,13 @@ import shutil
 import time
 from collections import namedtuple
 
-import pytest
-import torch
-
 from ddetr_d2.checkpoint.whole_files import PARTIAL
 from ddetr_d2.engine import output_folder as module
 from ddetr_d2.engine.output_folder import check_disk_space, checkpoint_bytes, output_folder
 from ddetr_d2.errors import UserError
+
+import pytest
+import torch
 
 FORK = multiprocessing.get_context("fork")
 

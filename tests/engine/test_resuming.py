@@ -6,10 +6,10 @@ import random
 import signal
 import time
 
+from ddetr_d2.checkpoint.whole_files import PARTIAL
+
 import pytest
 import torch
-
-from ddetr_d2.checkpoint.whole_files import PARTIAL
 
 from ..conftest import ROOT, TINY
 from ..programs import Program

@@ -1,10 +1,10 @@
 """Mistakes in configuration files and options: one message each."""
 
-import pytest
-from detectron2.modeling import build_model
-
 from ddetr_d2.engine import setup_cfg
 from ddetr_d2.errors import UserError
+
+import pytest
+from detectron2.modeling import build_model
 
 from ..conftest import ROOT, TINY
 

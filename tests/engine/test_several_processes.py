@@ -4,11 +4,11 @@ import json
 import re
 import shutil
 
-import pytest
-import torch
-
 from ddetr_d2.data.synthetic import make_synthetic
 from ddetr_d2.engine.heartbeat import EXIT_HUNG
+
+import pytest
+import torch
 
 from ..conftest import MEMBERS, ROOT, TINY
 from ..programs import run_program

@@ -4,10 +4,10 @@ import multiprocessing
 import signal
 import time
 
-import pytest
-
 from ddetr_d2.engine import stopping
 from ddetr_d2.engine.stopping import RunStopped, StopRequest
+
+import pytest
 
 
 @pytest.mark.parametrize("number", stopping.SIGNALS)

@@ -3,14 +3,14 @@
 import copy
 import json
 
-import pytest
-import torch
-from detectron2.structures import Boxes, Instances
-
 from ddetr_d2.data.shapes import SyntheticOptions, draw_image
 from ddetr_d2.data.synthetic import make_synthetic
 from ddetr_d2.engine.training_step import NotFiniteError, average_counts
 from ddetr_d2.modeling import matcher
+
+import pytest
+import torch
+from detectron2.structures import Boxes, Instances
 
 from ..conftest import MEMBERS, ROOT, TINY
 from .steps import INDEPENDENT, build, build_step, copy_of_state, gradients, images

@@ -18,13 +18,14 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from detectron2.utils import comm
-
 from ddetr_d2.engine.launch import launch
 from ddetr_d2.engine.layout import launch_argument_parser
 from ddetr_d2.engine.replicas import distributed
 from ddetr_d2.engine.trainer import Trainer
+
+import torch
+from detectron2.utils import comm
+
 from tests.conftest import MEMBERS, ROOT
 from tests.engine.steps import build, build_step, gradients, images
 

@@ -6,6 +6,9 @@ import logging
 import math
 import sys
 
+from ddetr_d2.errors import UserError
+from ddetr_d2.evaluation import CocoBoxEvaluator
+
 import numpy as np
 import pytest
 import torch
@@ -13,9 +16,6 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
-
-from ddetr_d2.errors import UserError
-from ddetr_d2.evaluation import CocoBoxEvaluator
 
 METRICS = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
 SIZE = 400.0

@@ -1,11 +1,11 @@
 """A tiny detector whose detections differ clearly, and what exported files are compared on."""
 
+from ddetr_d2.engine import setup_cfg
+from ddetr_d2.export import ExportableDetector, compare, example_inputs
+
 import pytest
 import torch
 from detectron2.modeling import build_model
-
-from ddetr_d2.engine import setup_cfg
-from ddetr_d2.export import ExportableDetector, compare, example_inputs
 
 from ..conftest import ROOT, TINY
 

@@ -2,13 +2,13 @@
 
 import importlib.util
 
-import numpy as np
-import pytest
-import torch
-
 from ddetr_d2.data.augmentation import RESIZE_RULES, resized_shape
 from ddetr_d2.engine import setup_cfg
 from ddetr_d2.export import ExportableDetector, describe, example_inputs
+
+import numpy as np
+import pytest
+import torch
 
 from ..conftest import ROOT, TINY
 

@@ -1,12 +1,12 @@
 """ONNX files, run by onnxruntime."""
 
-import onnx
-import pytest
-
 from ddetr_d2.errors import UserError
 from ddetr_d2.export import ExportableDetector
 from ddetr_d2.export.formats import write_onnx
 from ddetr_d2.export.verify import load_onnx
+
+import onnx
+import pytest
 
 from ..conftest import MEMBERS
 

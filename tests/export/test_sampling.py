@@ -1,10 +1,10 @@
 """Formulations of the sampling in standard operators, against the definition."""
 
-import pytest
-import torch
-
 from ddetr_d2.export.sampling import sample_with_gather, sample_with_grid_sample
 from ddetr_d2.layers import ms_deform_attn_reference
+
+import pytest
+import torch
 
 SHAPES = [(7, 5), (1, 3), (2, 1)]
 STARTS = [0, 35, 38]

@@ -1,11 +1,11 @@
 """Programs of torch.export."""
 
-import pytest
-
 from ddetr_d2.errors import UserError
 from ddetr_d2.export import ExportableDetector
 from ddetr_d2.export.formats import export_program, write_torch_export
 from ddetr_d2.export.verify import load_torch_export
+
+import pytest
 
 from .test_onnx import FPN
 

@@ -1,11 +1,11 @@
 """TorchScript files."""
 
-import pytest
-
 from ddetr_d2.errors import UserError
 from ddetr_d2.export import ExportableDetector
 from ddetr_d2.export.formats import write_torchscript
 from ddetr_d2.export.verify import load_torchscript
+
+import pytest
 
 from ..conftest import MEMBERS
 

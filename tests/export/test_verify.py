@@ -1,9 +1,9 @@
 """The comparison that decides whether an exported file is kept."""
 
+from ddetr_d2.export import ExportableDetector, compare, example_inputs
+
 import pytest
 import torch
-
-from ddetr_d2.export import ExportableDetector, compare, example_inputs
 
 
 @pytest.fixture(params=["deformable_detr_refine", "detr"])

@@ -1,13 +1,13 @@
 """A small detector to which colours matter, and an image of strong colours."""
 
+from ddetr_d2.checkpoint import DetrCheckpointer
+from ddetr_d2.engine import setup_cfg
+
 import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
 from PIL import Image
-
-from ddetr_d2.checkpoint import DetrCheckpointer
-from ddetr_d2.engine import setup_cfg
 
 from ..conftest import ROOT, TINY
 

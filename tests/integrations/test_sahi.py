@@ -1,16 +1,16 @@
 """A detector in SAHI. Needs: pip install sahi."""
 
+from ddetr_d2 import Detector
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from ddetr_d2 import Detector
-
 pytest.importorskip("sahi")
 
-from sahi.predict import get_prediction, get_sliced_prediction  # noqa: E402
-
 from ddetr_d2.integrations.sahi import DetrDetectionModel  # noqa: E402
+
+from sahi.predict import get_prediction, get_sliced_prediction  # noqa: E402
 
 THRESHOLD = 0.1
 

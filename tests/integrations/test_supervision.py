@@ -1,10 +1,10 @@
 """A detector's results in supervision. Needs: pip install supervision."""
 
+from ddetr_d2 import Detector
+
 import numpy as np
 import pytest
 from PIL import Image
-
-from ddetr_d2 import Detector
 
 sv = pytest.importorskip("supervision")
 

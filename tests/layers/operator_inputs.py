@@ -1,15 +1,15 @@
 """Inputs of the operator, and the definition that it is held to."""
 
-import pytest
-import torch
-from torch import nn
-
 from ddetr_d2.layers import (
     MSDeformAttn,
     ms_deform_attn,
     ms_deform_attn_reference,
 )
 from ddetr_d2.layers.ms_deform_attn import LIBRARIES
+
+import pytest
+import torch
+from torch import nn
 
 needs_extension = pytest.mark.skipif(
     not LIBRARIES[0].exists(), reason="the operator is not compiled"

@@ -4,10 +4,10 @@ import math
 import subprocess
 import sys
 
+from ddetr_d2.layers import MSDeformAttn
+
 import pytest
 import torch
-
-from ddetr_d2.layers import MSDeformAttn
 
 from .operator_inputs import by_definition, make_module, make_module_inputs, needs_extension
 

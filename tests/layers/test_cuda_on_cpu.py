@@ -11,11 +11,11 @@ import struct
 import subprocess
 from pathlib import Path
 
+from ddetr_d2.layers import ms_deform_attn_reference
+
 import pytest
 import torch
 from torch.utils import cpp_extension
-
-from ddetr_d2.layers import ms_deform_attn_reference
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "ddetr_d2" / "layers" / "csrc"

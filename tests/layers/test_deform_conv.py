@@ -1,11 +1,11 @@
+from ddetr_d2.layers.deform_conv import DeformConv, ModulatedDeformConv, provide_deform_conv
+
 import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import resnet
 from torch.nn import functional as F
-
-from ddetr_d2.layers.deform_conv import DeformConv, ModulatedDeformConv, provide_deform_conv
 
 
 def offsets(n, groups, h, w, y=0.0, x=0.0):

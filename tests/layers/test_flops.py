@@ -2,15 +2,15 @@
 
 import sys
 
+from ddetr_d2.layers import MSDeformAttn, ms_deform_attn
+from ddetr_d2.layers.deform_conv import DeformConv, ModulatedDeformConv
+from ddetr_d2.layers.flops import add_activation_handles, add_flop_handles, ms_deform_attn_flops
+
 import pytest
 import torch
 from detectron2.utils.analysis import FlopCountAnalysis
 from fvcore.nn import ActivationCountAnalysis
 from torch import nn
-
-from ddetr_d2.layers import MSDeformAttn, ms_deform_attn
-from ddetr_d2.layers.deform_conv import DeformConv, ModulatedDeformConv
-from ddetr_d2.layers.flops import add_activation_handles, add_flop_handles, ms_deform_attn_flops
 
 SHAPES = ((4, 6), (2, 3))
 N, Q, M, L, K, D = 2, 5, 2, 2, 3, 4

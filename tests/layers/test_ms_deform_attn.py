@@ -9,11 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-
 from ddetr_d2.layers import ms_deform_attn, ms_deform_attn_reference
 from ddetr_d2.layers.ms_deform_attn import LIBRARIES
+
+import pytest
+import torch
 
 from .operator_inputs import (
     IMPLEMENTATIONS,

@@ -1,9 +1,9 @@
 """The operator with values of 16 bits: read exactly, summed in float, rounded once."""
 
+from ddetr_d2.layers import ms_deform_attn, ms_deform_attn_reference
+
 import pytest
 import torch
-
-from ddetr_d2.layers import ms_deform_attn, ms_deform_attn_reference
 
 from .operator_inputs import (
     IMPLEMENTATIONS,

@@ -2,11 +2,11 @@
 
 import copy
 
+from ddetr_d2.layers import ms_deform_attn
+
 import pytest
 import torch
 from torch import nn
-
-from ddetr_d2.layers import ms_deform_attn
 
 from .operator_inputs import (
     SHAPES,

@@ -2,10 +2,10 @@
 
 import math
 
+from ddetr_d2.layers import ms_deform_attn, ms_deform_attn_reference
+
 import pytest
 import torch
-
-from ddetr_d2.layers import ms_deform_attn, ms_deform_attn_reference
 
 from .operator_inputs import SHAPES, gradients, level_starts, make_inputs, needs_gpu
 

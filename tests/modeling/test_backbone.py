@@ -1,11 +1,11 @@
 """Backbones."""
 
-import pytest
-import torch
-
 from ddetr_d2.engine import setup_cfg
 from ddetr_d2.errors import UserError
 from ddetr_d2.modeling.backbone import build_detr_backbone
+
+import pytest
+import torch
 
 from ..conftest import ROOT
 

@@ -2,15 +2,15 @@
 
 import math
 
-import pytest
-import torch
-
 from ddetr_d2.modeling.classification import (
     BatchCounts,
     SigmoidClasses,
     SoftmaxClasses,
     at_least_one,
 )
+
+import pytest
+import torch
 
 
 def random_logits(outputs, *leading):

@@ -2,12 +2,12 @@
 
 import math
 
-import torch
-
 from ddetr_d2.modeling.classification import SigmoidClasses
 from ddetr_d2.modeling.criterion import SetCriterion
 from ddetr_d2.modeling.heads import Predictions
 from ddetr_d2.modeling.matcher import HungarianMatcher, Target
+
+import torch
 
 from .test_matcher import giou, random_boxes
 

@@ -1,12 +1,12 @@
 """The whole model in all its variants."""
 
+from ddetr_d2.engine import setup_cfg
+from ddetr_d2.modeling.heads import Predictions
+
 import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
-
-from ddetr_d2.engine import setup_cfg
-from ddetr_d2.modeling.heads import Predictions
 
 from ..conftest import MEMBERS, ROOT, TINY
 

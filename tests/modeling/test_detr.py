@@ -2,14 +2,14 @@
 
 import math
 
-import pytest
-import torch
-
 from ddetr_d2.errors import UserError
 from ddetr_d2.modeling.deformable_layers import DeformableEncoderLayer, SeparateLevelsEncoderLayer
 from ddetr_d2.modeling.dense_layers import DenseDecoderLayer, DenseEncoderLayer
 from ddetr_d2.modeling.feature_levels import FeatureLevels
 from ddetr_d2.modeling.transformer import TransformerSize
+
+import pytest
+import torch
 
 from ..conftest import TINY
 from .test_deformable_detr import build, make_input

@@ -2,13 +2,13 @@
 
 import math
 
-import pytest
-import torch
-from transformers.models.deformable_detr.modeling_deformable_detr import DeformableDetrEncoder
-
 from ddetr_d2.layers import sine_position_embedding
 from ddetr_d2.modeling.deformable_detr import level_projections
 from ddetr_d2.modeling.feature_levels import FeatureProjection
+
+import pytest
+import torch
+from transformers.models.deformable_detr.modeling_deformable_detr import DeformableDetrEncoder
 
 
 def test_position_embedding_feature_by_feature():

@@ -2,15 +2,15 @@
 
 import math
 
-import pytest
-import torch
-from detectron2.modeling import build_model
-
 from ddetr_d2.engine import setup_cfg
 from ddetr_d2.errors import UserError
 from ddetr_d2.modeling.deformable_detr import level_projections
 from ddetr_d2.modeling.feature_levels import FeatureProjection
 from ddetr_d2.modeling.heads import DetectionHead, inverse_sigmoid
+
+import pytest
+import torch
+from detectron2.modeling import build_model
 
 from ..conftest import ROOT, TINY
 

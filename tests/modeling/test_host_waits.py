@@ -4,14 +4,14 @@ left to be counted are copies from one to the other."""
 
 import contextlib
 
+from ddetr_d2.modeling import matcher, set_detector
+
 import pytest
 import torch
 from detectron2.structures import ImageList
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from ddetr_d2.modeling import matcher, set_detector
 
 from ..conftest import TINY
 from .test_deformable_detr import build, make_batch

@@ -4,12 +4,12 @@ import math
 import re
 from collections.abc import Callable
 
+from ddetr_d2.engine import setup_cfg
+
 import pytest
 import torch
 from detectron2.modeling import build_model
 from torch import Tensor, nn
-
-from ddetr_d2.engine import setup_cfg
 
 from ..conftest import ROOT, TINY
 

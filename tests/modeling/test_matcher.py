@@ -3,12 +3,12 @@
 import itertools
 import math
 
-import pytest
-import torch
-
 from ddetr_d2.modeling.classification import SigmoidClasses
 from ddetr_d2.modeling.heads import Predictions
 from ddetr_d2.modeling.matcher import HungarianMatcher, Target
+
+import pytest
+import torch
 
 
 def random_boxes(*shape):

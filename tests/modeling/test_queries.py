@@ -1,12 +1,12 @@
 """Which tokens of the encoder make proposals."""
 
-import pytest
-import torch
-
 from ddetr_d2.modeling.deformable_detr import level_projections
 from ddetr_d2.modeling.feature_levels import FeatureLevels, FeatureProjection
 from ddetr_d2.modeling.heads import DetectionHead
 from ddetr_d2.modeling.queries import EncoderProposals
+
+import pytest
+import torch
 
 STRIDES = (8, 16, 32, 64)
 

@@ -2,6 +2,13 @@
 
 import json
 
+from ddetr_d2 import Detector
+from ddetr_d2.checkpoint import DetrCheckpointer
+from ddetr_d2.engine import Trainer, setup_cfg
+from ddetr_d2.errors import UserError
+from ddetr_d2.modeling import prepare_for_inference
+from ddetr_d2.modeling.test_time_augmentation import SetDetectorWithTTA, nms, soft_nms
+
 import numpy as np
 import pytest
 import torch
@@ -10,13 +17,6 @@ from detectron2.evaluation.evaluator import inference_context
 from detectron2.structures import Boxes, Instances
 from torch import nn
 from torchvision.ops import box_iou
-
-from ddetr_d2 import Detector
-from ddetr_d2.checkpoint import DetrCheckpointer
-from ddetr_d2.engine import Trainer, setup_cfg
-from ddetr_d2.errors import UserError
-from ddetr_d2.modeling import prepare_for_inference
-from ddetr_d2.modeling.test_time_augmentation import SetDetectorWithTTA, nms, soft_nms
 
 from ..conftest import MEMBERS, ROOT, TINY
 from ..test_detector import make_model

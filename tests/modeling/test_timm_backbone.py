@@ -3,12 +3,6 @@
 import shutil
 import sys
 
-import pytest
-import torch
-from detectron2.modeling import build_model
-from safetensors.torch import save_file
-from torch import nn
-
 from ddetr_d2 import Detector
 from ddetr_d2.checkpoint import DetrCheckpointer
 from ddetr_d2.checkpoint.formats import read_weights
@@ -18,6 +12,12 @@ from ddetr_d2.errors import UserError
 from ddetr_d2.modeling import prepare_for_inference
 from ddetr_d2.modeling.backbone import build_detr_backbone
 from ddetr_d2.modeling.timm_backbone import TimmBackbone
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from safetensors.torch import save_file
+from torch import nn
 
 from ..conftest import MEMBERS, ROOT, TINY
 from ..hub import Hub

@@ -2,15 +2,15 @@
 
 import math
 
-import pytest
-import torch
-
 from ddetr_d2.layers import sine_embedding
 from ddetr_d2.modeling.deformable_layers import DeformableDecoderLayer, DeformableEncoderLayer
 from ddetr_d2.modeling.feature_levels import FeatureLevels
 from ddetr_d2.modeling.heads import DetectionHead
 from ddetr_d2.modeling.queries import EncoderProposals, LearnedQueries
 from ddetr_d2.modeling.transformer import Decoder, Encoder, Transformer, TransformerSize
+
+import pytest
+import torch
 
 SIZE = TransformerSize(hidden_dim=32, num_heads=4, dim_feedforward=64, dropout=0.1)
 

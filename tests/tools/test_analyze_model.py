@@ -6,13 +6,13 @@ import subprocess
 import sys
 from collections import Counter
 
-import pytest
-import torch
-from detectron2.modeling import build_model
-
 from ddetr_d2.engine import setup_cfg
 from ddetr_d2.errors import UserError
 from ddetr_d2.modeling import DETR
+
+import pytest
+import torch
+from detectron2.modeling import build_model
 
 from ..conftest import ROOT, TINY
 

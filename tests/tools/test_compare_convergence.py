@@ -5,14 +5,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from ddetr_d2.engine import setup_cfg
+from ddetr_d2.errors import UserError
+from ddetr_d2.modeling import DETR, DeformableDETR
+
 import cv2
 import numpy as np
 import pytest
 from detectron2.modeling import build_model
-
-from ddetr_d2.engine import setup_cfg
-from ddetr_d2.errors import UserError
-from ddetr_d2.modeling import DETR, DeformableDETR
 
 from ..conftest import ROOT
 from ..programs import Program

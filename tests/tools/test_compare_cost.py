@@ -5,10 +5,10 @@ import json
 import math
 import re
 
+from ddetr_d2.errors import UserError
+
 import pytest
 import torch
-
-from ddetr_d2.errors import UserError
 
 from ..conftest import ROOT, TINY
 

@@ -7,10 +7,10 @@ import shlex
 import subprocess
 import sys
 
+from ddetr_d2.errors import UserError
+
 import pytest
 from PIL import Image
-
-from ddetr_d2.errors import UserError
 
 from ..conftest import ROOT, TINY
 from ..programs import run_program

@@ -7,16 +7,16 @@ import re
 import subprocess
 import sys
 
-import numpy as np
-import pytest
-import torch
-from detectron2.modeling import build_model
-
 from ddetr_d2.checkpoint import DetrCheckpointer
 from ddetr_d2.checkpoint.formats import COCO_NAMES
 from ddetr_d2.data.synthetic import make_synthetic
 from ddetr_d2.engine import setup_cfg
 from ddetr_d2.errors import UserError
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
 
 from ..checkpoint.foreign import as_reference, as_reference_detr
 from ..checkpoint.test_files import Evil, Harmless

@@ -4,16 +4,16 @@ import importlib.util
 import subprocess
 import sys
 
+from ddetr_d2.engine import setup_cfg
+from ddetr_d2.errors import UserError
+from ddetr_d2.export import LOADERS
+
 import cv2
 import numpy as np
 import onnx
 import pytest
 import torch
 from detectron2.modeling import build_model
-
-from ddetr_d2.engine import setup_cfg
-from ddetr_d2.errors import UserError
-from ddetr_d2.export import LOADERS
 
 from ..conftest import ROOT, TINY
 

@@ -6,11 +6,11 @@ import shutil
 import subprocess
 import sys
 
+from ddetr_d2.errors import UserError
+
 import numpy as np
 import pytest
 from PIL import Image
-
-from ddetr_d2.errors import UserError
 
 from ..conftest import ROOT
 from ..programs import run_program

@@ -3,10 +3,10 @@
 import importlib.util
 import json
 
+from ddetr_d2.errors import UserError
+
 import cv2
 import pytest
-
-from ddetr_d2.errors import UserError
 
 from ..conftest import ROOT
 

@@ -1,9 +1,9 @@
 """tools/replay_step.py: a step of a training that was not finite, on its own."""
 
+from ddetr_d2.errors import UserError
+
 import pytest
 import torch
-
-from ddetr_d2.errors import UserError
 
 from ..conftest import ROOT, TINY
 

@@ -8,9 +8,9 @@ import subprocess
 import sys
 import time
 
-import pytest
-
 from ddetr_d2.errors import UserError
+
+import pytest
 
 from ..conftest import ROOT
 

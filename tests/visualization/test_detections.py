@@ -1,11 +1,11 @@
 """Detections drawn on their image."""
 
+from ddetr_d2.visualization import detections, draw_detections
+
 import numpy as np
 import torch
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Boxes, Instances
-
-from ddetr_d2.visualization import detections, draw_detections
 
 
 def test_labels_say_class_and_score(monkeypatch):

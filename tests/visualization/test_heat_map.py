@@ -1,16 +1,16 @@
 """Where DETR looks: the weights are those of the layer, and the cells lie on the right pixels."""
 
+from ddetr_d2.engine import setup_cfg
+from ddetr_d2.errors import UserError
+from ddetr_d2.visualization import AttentionRecorder, HeatMap, SamplingPanel, draw_sampling
+from ddetr_d2.visualization.heat_map import heat_map
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.modeling import build_model
 from torch import nn
-
-from ddetr_d2.engine import setup_cfg
-from ddetr_d2.errors import UserError
-from ddetr_d2.visualization import AttentionRecorder, HeatMap, SamplingPanel, draw_sampling
-from ddetr_d2.visualization.heat_map import heat_map
 
 from ..conftest import ROOT, TINY
 

@@ -6,6 +6,9 @@ With fonts made here: nothing depends on which are installed.
 import logging
 import warnings
 
+from ddetr_d2.visualization import SamplingPanel, SamplingPoints, draw_sampling, labels
+from ddetr_d2.visualization.labels import MISSING, set_label_fonts
+
 import matplotlib
 import numpy as np
 import pytest
@@ -19,9 +22,6 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-
-from ddetr_d2.visualization import SamplingPanel, SamplingPoints, draw_sampling, labels
-from ddetr_d2.visualization.labels import MISSING, set_label_fonts
 
 
 @pytest.fixture(autouse=True)

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-import pytest
-
 from ddetr_d2.data.coco import CocoAnnotations, CocoSource, read_annotations
 from ddetr_d2.errors import UserError
+
+import pytest
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 """Boxes, areas and crowd flags: what can be derived is, what cannot be used is counted."""
 
+from ddetr_d2.data.coco.boxes import read_areas
+
 import numpy as np
 import pytest
 from pycocotools import mask
-
-from ddetr_d2.data.coco.boxes import read_areas
 
 NAN, INF = float("nan"), float("inf")
 

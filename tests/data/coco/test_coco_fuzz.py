@@ -7,6 +7,9 @@ import json
 import math
 import os
 
+from ddetr_d2.data.coco import CocoAnnotations, CocoSource, check_objects, read_annotations
+from ddetr_d2.errors import UserError
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,9 +17,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-
-from ddetr_d2.data.coco import CocoAnnotations, CocoSource, check_objects, read_annotations
-from ddetr_d2.errors import UserError
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "400"))
 SIZES = {"a.png": (60, 40), "b.png": (30, 50), "c d.png": (20, 20)}

@@ -1,9 +1,9 @@
 """Ids and class names: what means the same is one thing, what contradicts is refused."""
 
-import pytest
-
 from ddetr_d2.data.coco import read_class_names
 from ddetr_d2.data.coco.ids import normal_id
+
+import pytest
 
 
 @pytest.mark.parametrize(

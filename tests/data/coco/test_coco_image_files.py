@@ -7,14 +7,14 @@ import struct
 import unicodedata
 import zlib
 
-import numpy as np
-import pytest
-from PIL import Image, ImageFile
-
 from ddetr_d2.data.coco import image_files
 from ddetr_d2.data.coco.image_files import ImageHeader, find_image_files, read_header, read_headers
 from ddetr_d2.data.images import read_image
 from ddetr_d2.errors import UserError
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
 
 
 def tree(root, *files: str) -> str:

@@ -1,12 +1,12 @@
 """Boxes lie where the objects are in the image that the model sees, whatever EXIF says."""
 
-import numpy as np
-import pytest
-from PIL import Image, ImageOps
-
 from ddetr_d2.data.coco.image_files import ImageHeader, read_header
 from ddetr_d2.data.coco.orientation import annotated_as_stored
 from ddetr_d2.data.images import read_image
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
 
 ORIENTATION = 0x0112
 BOX = [6, 3, 11, 5]  # in the pixels as stored

@@ -5,13 +5,13 @@ import json
 import logging
 import re
 
+from ddetr_d2.data.coco import check_objects, read_annotations
+from ddetr_d2.errors import UserError
+
 import numpy as np
 import pytest
 from detectron2.data.datasets import load_coco_json, register_coco_instances
 from pycocotools.coco import COCO
-
-from ddetr_d2.data.coco import check_objects, read_annotations
-from ddetr_d2.errors import UserError
 
 
 def test_clean_file(coco, read, caplog):

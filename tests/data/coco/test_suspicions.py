@@ -3,12 +3,12 @@
 import re
 import time
 
-import numpy as np
-import pytest
-
 from ddetr_d2.data.coco import CocoAnnotations, CocoImage, CocoSource, read_annotations
 from ddetr_d2.data.coco.suspicions import find_suspicious, repeated_boxes
 from ddetr_d2.data.synthetic import make_synthetic
+
+import numpy as np
+import pytest
 
 WIDTH, HEIGHT = 640, 480
 
