@@ -1,5 +1,6 @@
 """The module of multi-scale deformable attention (paper, section 4.1, equation 3)."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -190,5 +191,15 @@ def _level_sizes(spatial_shapes: Sequence[Sequence[int]], like: Tensor) -> Tenso
     if isinstance(sizes[0][0], Tensor):
         # In a trace, into which torch.tensor would write their present values.
         return torch.stack([torch.stack(size) for size in sizes]).to(like)
-    # Asynchronous, so that the host does not wait for the GPU in every layer.
+    if type(like) is Tensor and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        return _kept_level_sizes(tuple(map(tuple, sizes)), like.dtype, like.device)
     return torch.tensor(sizes, dtype=like.dtype).to(like.device, non_blocking=True)
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_level_sizes(
+    sizes: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Kept, since a copy to a GPU in every layer costs time and cannot be in a CUDA graph."""
+    with torch.inference_mode(False):  # Training cannot use tensors of inference mode.
+        return torch.tensor(sizes, dtype=dtype).to(device, non_blocking=True)

@@ -61,6 +61,15 @@ def test_module_follows_the_definition(reference_dim):
     assert torch.equal(as_tensors, output)
 
 
+def test_training_after_inference_of_the_same_size():
+    module = MSDeformAttn(embed_dim=16, num_heads=4, num_levels=3, num_points=1)
+    inputs = make_module_inputs(shapes=[(3, 9), (2, 5), (1, 2)])
+    with torch.inference_mode():
+        module.sampling(inputs[0], inputs[1], inputs[3])
+    module(*inputs).sum().backward()
+    assert module.sampling_offsets.weight.grad.isfinite().all()
+
+
 def test_padding_has_no_influence():
     module = make_module()
     query, reference, values, shapes, starts, mask = make_module_inputs()
