@@ -27,7 +27,15 @@ def level_starts(shapes):
 
 
 def make_inputs(
-    batch=2, queries=5, heads=2, channels=3, points=2, shapes=SHAPES, dtype=torch.float64, seed=0
+    batch=2,
+    queries=5,
+    heads=2,
+    channels=3,
+    points=2,
+    shapes=SHAPES,
+    dtype=torch.float64,
+    seed=0,
+    device="cpu",
 ):
     """Value, locations (a third of them outside the map) and weights."""
     generator = torch.Generator().manual_seed(seed)
@@ -40,11 +48,13 @@ def make_inputs(
     weights = torch.randn(
         batch, queries, heads, levels, points, generator=generator, dtype=torch.float64
     )
-    return value.to(dtype), (locations * 1.6 - 0.3).to(dtype), weights.to(dtype)
+    return [x.to(device, dtype) for x in (value, locations * 1.6 - 0.3, weights)]
 
 
 def by_definition(value, shapes, locations, weights):
     """The definition, pixel by pixel: every pixel counts by the product of two triangles."""
+    device = value.device
+    value, locations, weights = value.cpu(), locations.cpu(), weights.cpu()
     batch, _, heads, channels = value.shape
     _, queries, _, levels, points, _ = locations.shape
     output = torch.zeros(batch, queries, heads, channels, dtype=torch.float64)
@@ -64,7 +74,7 @@ def by_definition(value, shapes, locations, weights):
                                 pixel = value[n, first_token + row * width + column, m]
                                 output[n, q, m] += weights[n, q, m, level, k] * share * pixel
                     first_token += height * width
-    return output.flatten(2)
+    return output.flatten(2).to(device)
 
 
 def gradients(function, value, shapes, locations, weights, grad_output=None):
@@ -77,19 +87,20 @@ def gradients(function, value, shapes, locations, weights, grad_output=None):
     return [tensor.grad for tensor in inputs]
 
 
-def make_module_inputs(reference_dim=2, shapes=SHAPES, batch=2, queries=5):
+def make_module_inputs(reference_dim=2, shapes=SHAPES, batch=2, queries=5, device="cpu"):
     generator = torch.Generator().manual_seed(3)
     tokens = sum(height * width for height, width in shapes)
     query = torch.randn(batch, queries, 16, generator=generator)
     reference = torch.rand(batch, queries, len(shapes), reference_dim, generator=generator)
     values = torch.randn(batch, tokens, 16, generator=generator)
     mask = torch.rand(batch, tokens, generator=generator) > 0.8
+    query, reference, values, mask = (x.to(device) for x in (query, reference, values, mask))
     return query, reference, values, shapes, level_starts(shapes), mask
 
 
-def make_module():
+def make_module(device="cpu"):
     torch.manual_seed(0)
     module = MSDeformAttn(embed_dim=16, num_heads=4, num_levels=3, num_points=2)
     nn.init.normal_(module.sampling_offsets.weight, std=0.1)
     nn.init.normal_(module.attention_weights.weight, std=0.1)
-    return module
+    return module.to(device)

@@ -33,9 +33,9 @@ def test_initial_values():
 
 
 @pytest.mark.parametrize("reference_dim", [2, 4])
-def test_module_follows_the_definition(reference_dim):
-    module = make_module().double()
-    inputs = make_module_inputs(reference_dim)
+def test_module_follows_the_definition(reference_dim, device):
+    module = make_module(device).double()
+    inputs = make_module_inputs(reference_dim, device=device)
     query, reference, values = (tensor.double() for tensor in inputs[:3])
     shapes, starts, mask = inputs[3:]
 
@@ -70,9 +70,9 @@ def test_training_after_inference_of_the_same_size():
     assert module.sampling_offsets.weight.grad.isfinite().all()
 
 
-def test_padding_has_no_influence():
-    module = make_module()
-    query, reference, values, shapes, starts, mask = make_module_inputs()
+def test_padding_has_no_influence(device):
+    module = make_module(device)
+    query, reference, values, shapes, starts, mask = make_module_inputs(device=device)
     output = module(query, reference, values, shapes, starts, mask)
     changed = values.masked_fill(mask[..., None], 1e4)
     assert torch.equal(module(query, reference, changed, shapes, starts, mask), output)
