@@ -19,11 +19,12 @@ REQUIREMENTS := requirements-build.txt requirements.txt requirements-detectron2.
 DETECTRON2 := third_party/detectron2/install.py
 CSRC := $(sort $(shell find ddetr_d2/layers/csrc -type f 2>/dev/null))
 
-.PHONY: help setup demo test lint pins bench wheel sanitize soak
+.PHONY: help setup demo test test-environments lint pins bench wheel sanitize soak
 
 help:
 	@echo 'make demo   set up, train a small detector on synthetic images, evaluate it, draw detections'
 	@echo 'make test   set up, run the tests'
+	@echo 'make test-environments  the tests with other versions of Python and PyTorch (12 GB)'
 	@echo 'make lint   set up, check format, style and types'
 	@echo 'make pins   set up, write requirements.txt; versions stay but with ARGS=--upgrade'
 	@echo 'make bench  set up, time operator, model, training and exports beside others (CPU, 20 minutes)'
@@ -41,6 +42,9 @@ demo: $(COMPILED)
 # Tensors in the tests are small: more threads only wait for each other.
 test: $(COMPILED)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(PY) -m pytest
+
+test-environments: $(INSTALLED)
+	UV=$(VENV)/bin/uv tools/test_environments.sh
 
 bench: $(COMPILED)
 	mkdir -p output
@@ -67,8 +71,10 @@ lint: $(INSTALLED)
 		$(wildcard tests/layers/*.cpp tests/layers/*.h)
 
 pins: $(INSTALLED)
-	$(VENV)/bin/uv pip compile -q pyproject.toml requirements.in --constraints requirements-build.txt \
-		--output-file requirements.txt $(ARGS)
+	$(VENV)/bin/uv pip compile -q --universal --python-version 3.11 --all-extras \
+		--constraints requirements-build.txt --annotation-style line \
+		--custom-compile-command 'make pins' --output-file requirements.txt $(ARGS) \
+		pyproject.toml requirements.in
 
 $(INSTALLED): $(REQUIREMENTS) $(DETECTRON2)
 	@test -n '$(PYTHON)' || { echo 'error: no Python 3.11 or newer was found:' \

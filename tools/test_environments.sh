@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# The tests of operator, model and programs with the oldest and the newest Python and PyTorch that
+# the package is for; all other packages are those of requirements.txt.
+#
+#   tools/test_environments.sh [pytest options]      UV=... is the program uv
+#
+# Environments lie in .environments/NAME, about 6 GB each. What passed is not run again until a file
+# changes; remove a folder for newer versions.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+uv=$(command -v "${UV:-uv}")
+[[ $uv == /* ]] || uv=$PWD/$uv
+export OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+
+lowest() { sed -nE "s/^ *\"$1>=([0-9.]+)\",.*/$1==\1.*/p" pyproject.toml; }
+# Name, Python, PyTorch.
+environments=(
+    "oldest 3.11 $(lowest torch) $(lowest torchvision)"
+    "newest 3.13 torch torchvision"
+)
+sources=(configs ddetr_d2 demo tests tools train_net.py setup.py pyproject.toml requirements.txt)
+tests=(tests/layers tests/modeling tests/export tests/test_*.py)
+# CUDA's sources have nothing to do with the version of Python or PyTorch that runs here.
+options=(-q -p no:cacheprovider --ignore tests/layers/test_cuda_on_cpu.py "$@")
+
+install() { # folder, Python, requirements of torch and torchvision
+    local python=$1/venv/bin/python others=$1/requirements.txt
+    "$uv" venv -q --seed --clear --python "$2" "$1/venv"
+    # These follow from the version of torch.
+    grep -vE '^(torch|torchvision|triton|nvidia-.*|cuda-.*)==' requirements.txt > "$others"
+    "$uv" pip install -q --python "$python" -r requirements-build.txt
+    "$uv" pip install -q --python "$python" --no-build-isolation -r "$others" "${@:3}"
+    "$python" third_party/detectron2/install.py > "$1/detectron2.log"
+    touch "$1/installed"
+}
+
+run_tests() { # folder
+    local python=$PWD/$1/venv/bin/python
+    rm -rf "$1/source"
+    mkdir "$1/source"
+    # Not what is compiled here: it is compiled anew.
+    tar --exclude '*.so' --exclude __pycache__ -cf - "${sources[@]}" README.md docs third_party \
+        | tar -xf - -C "$1/source"
+    (
+        cd "$1/source"
+        "$python" -m pip install -q --no-deps --no-build-isolation -e . > ../build.log 2>&1
+        "$python" -m pytest "${options[@]}" "${tests[@]}" > ../tests.log 2>&1
+    )
+}
+
+versions() { # folder
+    "$1/venv/bin/python" - << 'END'
+import platform
+from importlib.metadata import version
+
+packages = ("torch", "torchvision", "numpy", "detectron2")
+print(f"Python {platform.python_version()},", *(f"{name} {version(name)}" for name in packages))
+END
+}
+
+changed_since() { # file
+    find "${sources[@]}" -type f -not -path '*/__pycache__/*' -newer "$1" -print -quit
+}
+
+failed=0
+for environment in "${environments[@]}"; do
+    read -r name python torch torchvision <<< "$environment"
+    folder=.environments/$name
+    if ! "$uv" python find --no-python-downloads -q "$python" > /dev/null 2>&1; then
+        echo "$name: no Python $python was found: put one on the PATH, or uv python install $python"
+        failed=1
+        continue
+    fi
+    mkdir -p "$folder"
+    if [[ ! -e $folder/installed ]]; then
+        echo "$name: installing into $folder"
+        install "$folder" "$python" "$torch" "$torchvision"
+    fi
+    if [[ -e $folder/passed && -z $(changed_since "$folder/passed") ]]; then
+        echo "$name: passed before: $(cat "$folder/passed")"
+        continue
+    fi
+    echo "$name: testing"
+    if run_tests "$folder"; then
+        echo "$(versions "$folder"): $(tail -n 1 "$folder/tests.log")" > "$folder/passed"
+        echo "$name: passed: $(cat "$folder/passed")"
+    else
+        echo "$name: failed: $(versions "$folder"); see $folder/build.log and $folder/tests.log"
+        failed=1
+    fi
+done
+exit "$failed"
