@@ -25,6 +25,8 @@ class DetrDetectionModel(DetectionModel):
         result = get_sliced_prediction("large.jpg", model, slice_height=512, slice_width=512)
     """
 
+    category_mapping: dict[str, str]
+
     def __init__(self, detector: Detector, confidence_threshold: float = 0.3, **options: Any):
         """
         Args:
