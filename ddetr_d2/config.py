@@ -38,6 +38,9 @@ def add_deformable_detr_config(cfg: CN) -> None:
     cfg.MODEL.META_ARCHITECTURE = "DeformableDETR"
     # The GPU where there is one.
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+    # Parts of which the backward pass computes the activations again instead of keeping them:
+    # "backbone", "encoder", "decoder". Same gradients, less memory, more time.
+    cfg.MODEL.ACTIVATION_CHECKPOINT = []
 
     # Keys of the whole family. DETR reads all but those of deformable attention, which are marked.
     cfg.MODEL.DEFORMABLE_DETR = node = CN()

@@ -1,12 +1,17 @@
 """Layers of Deformable DETR."""
 
 from .attention import MSDeformAttn
+from .dropout import dropout
+from .linear import feed_forward, linear
 from .ms_deform_attn import ms_deform_attn
 from .position_encoding import sine_embedding, sine_position_embedding
 from .reference import ms_deform_attn_reference
 
 __all__ = [
     "MSDeformAttn",
+    "dropout",
+    "feed_forward",
+    "linear",
     "ms_deform_attn",
     "ms_deform_attn_reference",
     "sine_embedding",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .linear import linear
 from .ms_deform_attn import can_fuse, ms_deform_attn, ms_deform_attn_fused
 
 
@@ -109,7 +110,7 @@ class MSDeformAttn(nn.Module):
                 f"got {padding_mask.dtype} {tuple(padding_mask.shape)}"
             )
         offsets, logits = self._offsets_and_logits(query, reference_points, spatial_shapes)
-        value = self.value_proj(value_tokens)
+        value = linear(value_tokens, self.value_proj)
         if padding_mask is not None:
             value = value.masked_fill(padding_mask[..., None], 0.0)
         # Not by unflatten: the ONNX export of a trace takes its sizes for constants.
@@ -122,7 +123,7 @@ class MSDeformAttn(nn.Module):
             locations = self._locations(offsets, reference_points, spatial_shapes)
             weights = self._softmax(logits)
             output = self.operator(value, spatial_shapes, level_start_index, locations, weights)
-        return self.output_proj(output)
+        return linear(output, self.output_proj)
 
     def sampling(
         self, query: Tensor, reference_points: Tensor, spatial_shapes: Sequence[Sequence[int]]
@@ -157,8 +158,11 @@ class MSDeformAttn(nn.Module):
                 f"MSDeformAttn: reference_points: expected shape ({batch}, {queries}, {levels}, "
                 f"2 or 4), got {tuple(reference_points.shape)}"
             )
-        offsets = self.sampling_offsets(query).view(batch, queries, heads, levels, points, 2)
-        return offsets, self.attention_weights(query).view(batch, queries, heads, levels, points)
+        offsets = linear(query, self.sampling_offsets).view(
+            batch, queries, heads, levels, points, 2
+        )
+        logits = linear(query, self.attention_weights).view(batch, queries, heads, levels, points)
+        return offsets, logits
 
     def _locations(
         self, offsets: Tensor, reference_points: Tensor, spatial_shapes: Sequence[Sequence[int]]

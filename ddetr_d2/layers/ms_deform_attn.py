@@ -265,7 +265,7 @@ if not _NOT_LOADED:
     torch.library.register_autograd("ddetr_d2::ms_deform_attn_backward", _double_backward)
 
 
-def _devices_with(operator: str) -> frozenset[str]:
+def devices_with(operator: str) -> frozenset[str]:
     """Types of devices that a compiled operator has kernels for."""
     keys = {"cpu": "CPU", "cuda": "CUDA", "meta": "Meta"}
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -276,5 +276,5 @@ def _devices_with(operator: str) -> frozenset[str]:
     )
 
 
-_COMPILED_DEVICES = _devices_with("ms_deform_attn")
-_FUSED_DEVICES = _devices_with("ms_deform_attn_fused")
+_COMPILED_DEVICES = devices_with("ms_deform_attn")
+_FUSED_DEVICES = devices_with("ms_deform_attn_fused")

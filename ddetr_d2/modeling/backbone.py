@@ -8,6 +8,8 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
 from ..errors import UserError, nearest
 from ..layers.deform_conv import provide_deform_conv
 from . import timm_backbone  # noqa: F401  build_timm_backbone
+from .checkpointing import checkpoint_backbone, checkpointed_parts
+from .frozen_norm import scale_weights_by_frozen_norms
 
 STAGES = ("res2", "res3", "res4", "res5")
 
@@ -19,7 +21,7 @@ def build_detr_backbone(cfg: CfgNode) -> Backbone:
     stride, is not dilated yet, as in torchvision's ResNets; Detectron2's own would be.
 
     Raises:
-        UserError: if there is no backbone of that name.
+        UserError: there is no backbone of that name, or MODEL.ACTIVATION_CHECKPOINT is wrong.
     """
     if cfg.MODEL.BACKBONE.NAME not in BACKBONE_REGISTRY:
         hint = nearest(cfg.MODEL.BACKBONE.NAME, [name for name, _ in BACKBONE_REGISTRY])
@@ -31,6 +33,9 @@ def build_detr_backbone(cfg: CfgNode) -> Backbone:
         for name in ("conv2", "conv2_offset"):
             if hasattr(block, name):
                 getattr(block, name).dilation = getattr(block, name).padding = (1, 1)
+    scale_weights_by_frozen_norms(backbone)
+    if "backbone" in checkpointed_parts(cfg):
+        checkpoint_backbone(backbone)
     return backbone
 
 

@@ -8,6 +8,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
 from ..errors import UserError
+from .checkpointing import checkpointed_parts
 from .deformable_layers import (
     DeformableDecoderLayer,
     DeformableEncoderLayer,
@@ -69,12 +70,14 @@ class DeformableDETR(SetDetector):
                 if node.MULTI_SCALE_ATTENTION
                 else SeparateLevelsEncoderLayer(size, points)
                 for _ in range(node.ENC_LAYERS)
-            ]
+            ],
+            checkpoint="encoder" in checkpointed_parts(cfg),
         )
         decoder = Decoder(
             [DeformableDecoderLayer(size, levels, node.DEC_POINTS) for _ in range(node.DEC_LAYERS)],
             [head(first_bias)] + [head(0.0) for _ in range(later_heads)],
             inverse_sigmoid_eps=node.INVERSE_SIGMOID_EPS,
+            checkpoint="decoder" in checkpointed_parts(cfg),
         )
         if node.LAYERS_START_EQUAL:
             start_equal(encoder.layers)

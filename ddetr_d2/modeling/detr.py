@@ -7,6 +7,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
 from ..errors import UserError
+from .checkpointing import checkpointed_parts
 from .dense_layers import DenseDecoderLayer, DenseEncoderLayer
 from .feature_levels import FeatureProjection
 from .heads import PRIOR_PROBABILITY, DetectionHead
@@ -43,7 +44,10 @@ class DETR(SetDetector):
         (feature,) = node.IN_FEATURES
         channels = arguments["backbone"].output_shape()[feature].channels
         size = transformer_size(cfg)
-        encoder = Encoder([DenseEncoderLayer(size) for _ in range(node.ENC_LAYERS)])
+        encoder = Encoder(
+            [DenseEncoderLayer(size) for _ in range(node.ENC_LAYERS)],
+            checkpoint="encoder" in checkpointed_parts(cfg),
+        )
         # Independent classes are rare at first, as the focal loss wants them; a softmax knows.
         prior_probability = PRIOR_PROBABILITY if node.CLASS_LOSS == "focal" else None
         head = DetectionHead(
@@ -56,6 +60,7 @@ class DETR(SetDetector):
             [DenseDecoderLayer(size) for _ in range(node.DEC_LAYERS)],
             [head],
             norm=nn.LayerNorm(node.HIDDEN_DIM),
+            checkpoint="decoder" in checkpointed_parts(cfg),
         )
         if node.LAYERS_START_EQUAL:
             start_equal(encoder.layers)

@@ -93,7 +93,7 @@ class HungarianMatcher(nn.Module):
         boxes = torch.stack([layer.boxes for layer in layers])
         return (
             self.class_weight * self.classification.cost(logits, labels)
-            + self.l1_weight * torch.cdist(boxes, target_boxes, p=1)
+            + self.l1_weight * (boxes[..., None, :] - target_boxes[:, None]).abs().sum(-1)
             - self.giou_weight
             * generalized_box_iou(
                 box_convert(boxes, "cxcywh", "xyxy"), box_convert(target_boxes, "cxcywh", "xyxy")

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..layers import dropout, feed_forward
+from .checkpointing import run_checkpointed
 from .feature_levels import FeatureLevels
 from .heads import DetectionHead, Predictions, inverse_sigmoid
 from .queries import Queries
@@ -46,8 +48,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, Q, C) to (N, Q, C)."""
-        hidden = self.dropout(self.linear1(x).relu_())
-        return self.norm(x + self.dropout(self.linear2(hidden)))
+        return self.norm(feed_forward(x, self.linear1, self.linear2, self.dropout.p, self.training))
 
 
 class EncoderLayer(nn.Module):
@@ -72,7 +73,7 @@ class EncoderLayer(nn.Module):
             levels: where the tokens lie.
         """
         attended = self.attend(tokens, levels)
-        return self.ffn(self.norm1(tokens + self.dropout(attended)))
+        return self.ffn(self.norm1(dropout(attended, self.dropout.p, self.training, tokens)))
 
     def attend(self, tokens: Tensor, levels: FeatureLevels) -> Tensor:
         """Self-attention, arguments as in :meth:`forward`, to (N, S, C)."""
@@ -82,15 +83,21 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
     """A stack of encoder layers."""
 
-    def __init__(self, layers: Sequence[EncoderLayer]):
+    def __init__(self, layers: Sequence[EncoderLayer], *, checkpoint: bool = False):
+        """
+        Args:
+            layers: encoder layers.
+            checkpoint: see :func:`run_checkpointed`.
+        """
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        self.checkpoint = checkpoint
 
     def forward(self, levels: FeatureLevels) -> Tensor:
         """Return the tokens (N, S, C) after all layers."""
         tokens = levels.tokens
         for layer in self.layers:
-            tokens = layer(tokens, levels)
+            tokens = run_checkpointed(self.checkpoint, layer, tokens, levels)
         return tokens
 
 
@@ -134,9 +141,9 @@ class DecoderLayer(nn.Module):
         """
         query = content + position
         attended = self.self_attn(query, query, content, need_weights=False)[0]
-        content = self.norm2(content + self.dropout(attended))
+        content = self.norm2(dropout(attended, self.dropout.p, self.training, content))
         attended = self.attend(content + position, reference, memory, levels)
-        return self.ffn(self.norm1(content + self.dropout(attended)))
+        return self.ffn(self.norm1(dropout(attended, self.dropout.p, self.training, content)))
 
     def attend(
         self, query: Tensor, reference: Tensor | None, memory: Tensor, levels: FeatureLevels
@@ -160,6 +167,7 @@ class Decoder(nn.Module):
         *,
         norm: nn.Module | None = None,
         inverse_sigmoid_eps: float = 1e-5,
+        checkpoint: bool = False,
     ):
         """
         Args:
@@ -167,6 +175,7 @@ class Decoder(nn.Module):
             heads: one for all layers, or one per layer.
             norm: what the outputs of all layers pass on their way to the heads.
             inverse_sigmoid_eps: see :func:`inverse_sigmoid`; how near references come to 0 and 1.
+            checkpoint: see :func:`run_checkpointed`.
         """
         super().__init__()
         if len(heads) not in (1, len(layers)):
@@ -176,6 +185,7 @@ class Decoder(nn.Module):
         self.heads = nn.ModuleList(heads)
         self.refines_boxes = len(heads) == len(layers)
         self.inverse_sigmoid_eps = inverse_sigmoid_eps
+        self.checkpoint = checkpoint
 
     def forward(self, queries: Queries, memory: Tensor, levels: FeatureLevels) -> list[Predictions]:
         """Return the predictions of every layer, the final ones last."""
@@ -183,7 +193,9 @@ class Decoder(nn.Module):
         reference = queries.reference
         predictions = []
         for index, layer in enumerate(self.layers):
-            content = layer(content, queries.position, reference, memory, levels)
+            content = run_checkpointed(
+                self.checkpoint, layer, content, queries.position, reference, memory, levels
+            )
             head = self.heads[index if self.refines_boxes else 0]
             features = content if self.norm is None else self.norm(content)
             reference_logits = (

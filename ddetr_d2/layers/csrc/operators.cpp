@@ -18,4 +18,11 @@ STABLE_TORCH_LIBRARY(ddetr_d2, m) {
       "ms_deform_attn_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, "
       "Tensor sampling_locations, Tensor attention_weights, bool deterministic=False) "
       "-> (Tensor, Tensor, Tensor)");
+  // Numbers, negative ones zero with `relu`, become zero with probability p, others are divided by
+  // 1 - p; then the residual is added. Which become zero is a function of the seed.
+  m.def(
+      "dropout(Tensor input, float p, int seed, Tensor? residual=None, bool relu=False) -> Tensor");
+  m.def(
+      "dropout_(Tensor(a!) input, float p, int seed, Tensor? residual=None, bool relu=False) "
+      "-> Tensor(a!)");
 }

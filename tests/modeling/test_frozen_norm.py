@@ -1,0 +1,39 @@
+"""Convolutions whose weights frozen batch normalisation scales."""
+
+from ddetr_d2.modeling.frozen_norm import FrozenNormConv2d, scale_weights_by_frozen_norms
+
+import pytest
+import torch
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from torch import nn
+
+
+def make(bias=False, activation=None):
+    torch.manual_seed(0)
+    norm = FrozenBatchNorm2d(6)
+    for name, buffer in norm.named_buffers():
+        buffer.copy_(torch.rand(6) + 0.5 if name in ("weight", "running_var") else torch.randn(6))
+    options = {"stride": 2, "padding": 1, "groups": 2, "bias": bias}
+    return nn.Sequential(Conv2d(4, 6, 3, **options, norm=norm, activation=activation))
+
+
+@pytest.mark.parametrize("activation", [None, torch.relu])
+@pytest.mark.parametrize("bias", [False, True])
+def test_same_output_gradients_and_names(bias, activation):
+    model = make(bias, activation).double()
+    x = torch.randn(2, 4, 9, 11, dtype=torch.float64, requires_grad=True)
+    names = list(model.state_dict())
+    expected = [model(x), *torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])]
+    scale_weights_by_frozen_norms(model)
+    assert isinstance(model[0], FrozenNormConv2d)
+    got = [model(x), *torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])]
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert list(model.state_dict()) == names
+
+
+def test_norm_that_learns_is_left_alone():
+    model = nn.Sequential(Conv2d(4, 6, 3, norm=nn.BatchNorm2d(6)), Conv2d(6, 6, 3))
+    before = list(model)
+    scale_weights_by_frozen_norms(model)
+    assert list(model) == before
