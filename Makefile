@@ -48,7 +48,7 @@ test-environments: $(INSTALLED)
 
 bench: $(COMPILED)
 	mkdir -p output
-	$(PY) -m benchmarks --device cpu --json output/benchmarks.json
+	$(PY) -m benchmarks --device cpu --repeats 3 --json output/benchmarks.json
 
 # Where auditwheel can be had, with the tag of the oldest Linux that the wheel runs on.
 wheel: $(INSTALLED)

@@ -2,7 +2,7 @@
 
 ::
 
-    python -m benchmarks                                   everything, on two cores in 20 minutes
+    python -m benchmarks --repeats 3                      everything, on two cores in 20 minutes
     python -m benchmarks model --sizes 800x1066 --json model.json
 
 What is measured, and what each column means, stands in docs/benchmarks.md.
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from . import export, models, operator, training
 from .cases import COLUMNS, Case
-from .report import Record, describe, environment, note, table, write_json
+from .report import Record, describe, environment, table, write_json
 
 PARTS = {
     "operator": "Multi-scale deformable attention",
@@ -174,14 +174,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report: Record = {"environment": environment(args.device)}
     try:
         run(args, report)
-    except KeyboardInterrupt:
-        note("Interrupted: the rest is missing.")
-    print(describe(report["environment"]))
-    for part, title in PARTS.items():
-        if report.get(part):
-            print(table(title, report[part], COLUMNS))
+    finally:  # an interrupted run shows what it has
+        show(report)
     if args.json:
         print(f"\nwrote {args.json}")
+
+
+def show(report: Record) -> None:
+    """Print the head of the report and the tables of its parts, if it has any."""
+    parts = [part for part in PARTS if report.get(part)]
+    if parts:
+        print(describe(report["environment"]))
+    for part in parts:
+        print(table(PARTS[part], report[part], COLUMNS))
 
 
 if __name__ == "__main__":
