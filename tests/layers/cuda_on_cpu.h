@@ -28,6 +28,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static  // One block runs at a time.
+#define CUDART_VERSION 13000
 
 struct Dimensions {
   unsigned x = 1, y = 1, z = 1;
@@ -41,6 +42,16 @@ struct alignas(16) float4 {
   float x, y, z, w;
 };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+template <typename T>
+void __stcs(T* to, const T& value) {
+  *to = value;
+}
 
 namespace cuda_on_cpu {
 
@@ -169,6 +180,13 @@ inline void __syncthreads(std::source_location where = std::source_location::cur
   auto& block = *cuda_on_cpu::current;
   block.meet(block.all, block.threads, {"__syncthreads", where.line(), where.column(), 0, 0, 0},
              where);
+}
+
+inline void __syncwarp(std::source_location where = std::source_location::current()) {
+  auto& block = *cuda_on_cpu::current;
+  constexpr unsigned warp = cuda_on_cpu::kWarp;
+  block.meet(block.shuffles[threadIdx.x / warp * warp], warp,
+             {"__syncwarp", where.line(), where.column(), 0, 0, 0}, where);
 }
 
 template <typename T>

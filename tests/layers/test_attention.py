@@ -5,11 +5,20 @@ import subprocess
 import sys
 
 from ddetr_d2.layers import MSDeformAttn
+from ddetr_d2.layers.ms_deform_attn import can_fuse, ms_deform_attn_fused
 
 import pytest
 import torch
 
-from .operator_inputs import by_definition, make_module, make_module_inputs, needs_extension
+from .operator_inputs import (
+    SHAPES,
+    by_definition,
+    level_starts,
+    make_inputs,
+    make_module,
+    make_module_inputs,
+    needs_extension,
+)
 
 
 def test_initial_values():
@@ -59,6 +68,31 @@ def test_module_follows_the_definition(reference_dim, device):
     torch.testing.assert_close(output, expected)
     as_tensors = module(query, reference, values, torch.tensor(shapes), torch.tensor(starts), mask)
     assert torch.equal(as_tensors, output)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("reference_dim", [2, 4])
+def test_locations_and_softmax_inside_of_the_operator(reference_dim, dtype, device):
+    """Without gradients the operator computes them itself."""
+    value, offsets, logits = make_inputs(queries=9, channels=8, dtype=dtype, device=device)
+    reference = torch.rand(2, 9, len(SHAPES), reference_dim, dtype=torch.float64).to(offsets)
+    shift = reference[:, :, None, :, None].double()
+    if reference_dim == 2:
+        scale = 1 / torch.tensor(SHAPES, device=device).flip(1)[:, None].double()
+    else:
+        scale = shift[..., 2:] / (2 * offsets.shape[4])
+    locations = shift[..., :2] + offsets.double() * scale
+    weights = logits.double().flatten(-2).softmax(-1).view(logits.shape)
+    expected = by_definition(value.double(), SHAPES, locations, weights)
+    assert can_fuse(value) is False
+    with torch.no_grad():
+        assert can_fuse(value)
+        arguments = value, SHAPES, level_starts(SHAPES), reference, offsets, logits
+        output = ms_deform_attn_fused(*arguments)
+    assert output.dtype == dtype
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)
+    assert (output.double() - expected).norm() < tolerance * expected.norm()
 
 
 def test_training_after_inference_of_the_same_size():

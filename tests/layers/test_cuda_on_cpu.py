@@ -85,7 +85,8 @@ def to_bytes(tensor: torch.Tensor) -> bytes:
 
 
 def make_inputs(dtype, location_dtype, batch, queries, heads, channels, shapes, points):
-    """Value, locations (outside, on borders, not finite), weights and the output's gradient."""
+    """Value, locations (outside, on borders, not finite), weights, the output's gradient, and
+    reference points and boxes, for locations and weights being offsets and logits."""
     generator = torch.Generator().manual_seed(channels)
 
     def random(*size):
@@ -102,45 +103,65 @@ def make_inputs(dtype, location_dtype, batch, queries, heads, channels, shapes, 
     locations[:, even, :, 0] = border[chosen][:, even]
     for query, odd in enumerate((float("nan"), float("inf"), -float("inf"))):
         locations[-1, query % queries, -1, -1, -1, query % 2] = odd
+    boxes = torch.rand(batch, queries, len(shapes), 4, generator=generator, dtype=torch.float64)
+    boxes = boxes.to(torch.promote_types(dtype, torch.float32))
     return (
         random(batch, tokens, heads, channels).to(dtype),
         locations.to(location_dtype),
         random(*size).to(location_dtype),
         random(batch, queries, heads * channels).to(dtype),
+        boxes[..., :2],
+        boxes,
     )
 
 
 def run_kernels(program, folder, threads, most_blocks, shapes, inputs):
-    """Forward's output, and backward's three gradients without and with `in_order`."""
-    value, locations, weights, grad_output = inputs
+    """Forward's outputs (of locations, and of offsets from points and from boxes), and backward's
+    three gradients without and with `in_order`."""
+    value, locations, weights, grad_output, _, _ = inputs
     batch, _, heads, channels = value.shape
     queries, points = locations.shape[1], locations.shape[4]
     numbers = [TYPES.index(value.dtype), TYPES.index(locations.dtype), threads, most_blocks]
-    numbers += [batch, heads, channels, queries, len(shapes), points]
+    numbers += [batch, heads, channels, queries, len(shapes), points, most_blocks // 2]
     numbers += itertools.chain(*shapes)
-    numbers += [0] * (10 + 2 * 16 - len(numbers))
+    numbers += [0] * (11 + 2 * 16 - len(numbers))
     case, result = folder / "case", folder / "result"
-    case.write_bytes(struct.pack("=42i", *numbers) + b"".join(map(to_bytes, inputs)))
+    case.write_bytes(struct.pack("=43i", *numbers) + b"".join(map(to_bytes, inputs)))
     done = run(program, case, result)
     assert done.returncode == 0, done.stderr[:4000]
     sums = torch.float64 if value.dtype == torch.float64 else torch.float32
     data = bytearray(result.read_bytes())
     outputs, offset = [], 0
     gradients = [torch.empty_like(value, dtype=sums), locations, weights]
-    for like in [grad_output, *gradients, *gradients]:
+    for like in [grad_output] * 3 + gradients * 2:
         got = torch.frombuffer(data, dtype=like.dtype, count=like.numel(), offset=offset)
         offset += like.numel() * like.element_size()
         outputs.append(got.view(like.shape))
     assert offset == len(data)
-    return outputs[0], outputs[1:4], outputs[4:]
+    return outputs[:3], outputs[3:6], outputs[6:]
 
 
 def expected_outputs(shapes, inputs):
-    value, locations, weights, grad_output = (tensor.double() for tensor in inputs)
+    value, locations, weights, grad_output, points, boxes = (tensor.double() for tensor in inputs)
     leaves = [tensor.requires_grad_() for tensor in (value, locations, weights)]
     starts = list(itertools.accumulate((h * w for h, w in shapes[:-1]), initial=0))
-    output = ms_deform_attn_reference(leaves[0], shapes, starts, *leaves[1:])
-    return output.detach(), torch.autograd.grad(output, leaves, grad_output)
+
+    def operator(locations, weights):
+        return ms_deform_attn_reference(leaves[0], shapes, starts, locations, weights)
+
+    output = operator(*leaves[1:])
+    gradients = torch.autograd.grad(output, leaves, grad_output)
+    points, boxes = (tensor[:, :, None, :, None] for tensor in (points, boxes))
+    pixel = 1 / torch.tensor(shapes, dtype=torch.float64).flip(1)[:, None]
+    half = 0.5 * boxes[..., 2:] / locations.shape[4]
+    softmax = weights.flatten(-2).softmax(-1).view(weights.shape)
+    with torch.no_grad():
+        outputs = [
+            output,
+            operator(points + locations * pixel, softmax),
+            operator(boxes[..., :2] + locations * half, softmax),
+        ]
+    return outputs, gradients
 
 
 def check(program, folder, dtypes, channels, levels_and_points, grid):
@@ -148,9 +169,10 @@ def check(program, folder, dtypes, channels, levels_and_points, grid):
     threads, blocks, queries, heads = grid
     shapes = LEVELS[:levels]
     inputs = make_inputs(*dtypes, 2, queries, heads, channels, shapes, points)
-    output, *both_gradients = run_kernels(program, folder, threads, blocks, shapes, inputs)
+    outputs, *both_gradients = run_kernels(program, folder, threads, blocks, shapes, inputs)
     expected, expected_gradients = expected_outputs(shapes, inputs)
-    pairs = [("output", output, expected)]
+    names = ("output", "output of points", "output of boxes")
+    pairs = list(zip(names, outputs, expected, strict=True))
     for order, gradients in zip(("", " in order"), both_gradients, strict=True):
         for name, got, wanted in zip(
             ("value", "locations", "weights"), gradients, expected_gradients, strict=True

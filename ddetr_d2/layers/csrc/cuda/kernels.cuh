@@ -2,7 +2,13 @@
 // its threads has `kVector` channels next to each other, read and written at once.
 #pragma once
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "../bilinear.h"
 
@@ -11,11 +17,12 @@ namespace ddetr_d2 {
 constexpr int kThreads = 256;
 // Blocks that a multiprocessor is to have room for: a bound on the registers, just above what the
 // loops over the samples need to have the reads of four corners under way at once.
-constexpr int kForwardBlocks = 5;
+constexpr int kForwardBlocks = 4;
 constexpr int kBackwardBlocks = 3;
 constexpr int kMaxLevels = 16;
-// Samples of a block whose corners are in shared memory at a time, at least one per thread.
-constexpr int kSharedSamples = 512;
+constexpr int kCacheLine = 128;  // bytes
+// With fewer threads on a multiprocessor, too few reads are under way to hide how long they take.
+constexpr int64_t kEnoughThreads = 1024;
 
 // Passed by value as a kernel argument: no copy to the device.
 struct Levels {
@@ -28,13 +35,19 @@ struct CudaCall {
   int64_t batch, tokens;
   int32_t heads, channels, queries, levels, points;
   int32_t group;  // threads of a group: a power of two, at most a warp
+  // Of the forward kernel, as logarithms: threads of a group; groups that share the samples of a
+  // head of a query; neighbouring heads of a tile. All of these threads are of the same warp.
+  int32_t group_bits, part_bits, tile_bits;
 };
 
-// Numbers of value that a thread reads at once: 16 bytes, or one where the channels cannot be split
-// so.
+// Numbers of value that a thread reads at once: 16 bytes, or 8 where those are several numbers, or
+// one, as the channels can be split.
 inline int vector_for(int64_t channels, int bytes_per_number) {
-  const int wide = 16 / bytes_per_number;
-  return channels % wide == 0 ? wide : 1;
+  for (const int bytes : {16, 8}) {
+    const int count = bytes / bytes_per_number;
+    if (count > 1 && channels % count == 0 && (bytes == 16 || bytes_per_number == 2)) return count;
+  }
+  return 1;
 }
 
 inline int32_t group_for(int64_t channels, int vector) {
@@ -43,9 +56,35 @@ inline int32_t group_for(int64_t channels, int vector) {
   return group;
 }
 
-// Blocks that have a group for each of `items`, a head of a query or, in the backward kernel in
+// Sets how the forward kernel divides the work.
+inline void set_forward_bits(CudaCall& call, int bytes_per_number, int multiprocessors) {
+  call.group_bits = call.part_bits = call.tile_bits = 0;
+  while (1 << call.group_bits < call.group) ++call.group_bits;
+  const auto threads = [&] { return call.group << call.part_bits << call.tile_bits; };
+  // Heads that lie side by side in a cache line.
+  while ((2 << call.tile_bits) * call.channels * bytes_per_number <= kCacheLine &&
+         2 << call.tile_bits <= call.heads && 2 * threads() <= 32) {
+    ++call.tile_bits;
+  }
+  // Several groups for a head of a query, where there would be too few threads otherwise.
+  const int64_t heads = call.batch * call.queries * call.heads;
+  while (call.group << call.part_bits < call.levels * call.points && 2 * threads() <= 32 &&
+         heads * call.group << call.part_bits < kEnoughThreads * multiprocessors) {
+    ++call.part_bits;
+  }
+}
+
+// Blocks of the forward kernel, one for each tile of heads and queries of an image.
+inline int64_t forward_blocks(const CudaCall& call, int threads) {
+  const int64_t tile_queries = threads >> call.group_bits >> call.part_bits >> call.tile_bits;
+  const int64_t tile_heads = int64_t{1} << call.tile_bits;
+  return call.batch * ((call.queries + tile_queries - 1) / tile_queries) *
+         ((call.heads + tile_heads - 1) / tile_heads);
+}
+
+// Blocks of the backward kernel that have a group for each of `items`: a head of a query or, in
 // order, a level of a head; with fewer, as a launch allows only so many, groups do several.
-inline unsigned blocks_for(int64_t items, int32_t group, int threads) {
+inline unsigned backward_blocks(int64_t items, int32_t group, int threads) {
   constexpr int64_t most = 1 << 30;
   const int64_t per_block = threads / group;
   const int64_t blocks = (items + per_block - 1) / per_block;
@@ -58,111 +97,216 @@ struct alignas(sizeof(T) * count) Pack {
   T at[count];
 };
 
-template <typename acc_t>
-struct alignas(16) Sample {
-  int32_t offset[4];  // of the corner, from the head's first pixel; negative is outside
-  acc_t share[4];     // of the corner in the output
+// What an instruction reads or writes as a whole. Structures the compiler may take apart.
+template <int bytes>
+using Bits = std::conditional_t<
+    bytes == 16, uint4,
+    std::conditional_t<bytes == 8, uint2, std::conditional_t<bytes == 4, uint32_t, uint16_t>>>;
+
+// `kVector` numbers as they are in memory. Pairs of 16 bits stay in one register until they are
+// used: an array of them takes a register, or even a place in local memory, for each.
+template <typename scalar_t, int kVector>
+struct Numbers {
+  static constexpr bool kPairs = sizeof(scalar_t) == 2 && kVector % 2 == 0;
+  using word_t = std::conditional_t<kPairs, uint32_t, scalar_t>;
+  word_t words[sizeof(scalar_t) * kVector / sizeof(word_t)];
+
+  __device__ __forceinline__ void set_zero() { memset(words, 0, sizeof(words)); }
+
+  __device__ __forceinline__ void read(const scalar_t* from) {
+    const auto bits = *reinterpret_cast<const Bits<sizeof(words)>*>(from);
+    memcpy(words, &bits, sizeof(words));
+  }
+
+  template <typename acc_t>
+  __device__ __forceinline__ acc_t at(int v) const {
+    if constexpr (!kPairs) {
+      return static_cast<acc_t>(words[v]);
+    } else if constexpr (std::is_same_v<scalar_t, c10::BFloat16>) {  // the upper half of a float
+      const uint32_t bits = v % 2 == 0 ? words[v / 2] << 16 : words[v / 2] & 0xffff0000u;
+      float number;
+      memcpy(&number, &bits, sizeof(number));
+      return number;
+    } else {
+      const auto bits = static_cast<uint16_t>(v % 2 == 0 ? words[v / 2] : words[v / 2] >> 16);
+      return static_cast<acc_t>(c10::Half(bits, c10::Half::from_bits()));
+    }
+  }
 };
 
-template <typename acc_t, typename location_t>
+// Writes the sums as numbers of value's type, which nobody reads soon.
+template <typename scalar_t, typename acc_t, int kVector>
+__device__ __forceinline__ void write(const acc_t (&sum)[kVector], scalar_t* to) {
+  scalar_t numbers[kVector];
+#pragma unroll
+  for (int v = 0; v < kVector; ++v) numbers[v] = static_cast<scalar_t>(sum[v]);
+  Bits<sizeof(numbers)> bits;
+  memcpy(&bits, numbers, sizeof(numbers));
+  __stcs(reinterpret_cast<Bits<sizeof(numbers)>*>(to), bits);
+}
+
+template <typename acc_t>
+struct Location {
+  acc_t x, y;
+};
+
+// The location of a sample as a fraction of the level: what is in memory or, where `kReference` is
+// 2 or 4, an offset from there to be added to the level's reference point or box.
+template <int kReference, typename acc_t, typename location_t>
+__device__ __forceinline__ Location<acc_t> read_location(const CudaCall& call, const Levels& levels,
+                                                         int level, const acc_t* reference,
+                                                         const location_t* location) {
+  const auto xy = *reinterpret_cast<const Pack<location_t, 2>*>(location);
+  const Location<acc_t> given{static_cast<acc_t>(xy.at[0]), static_cast<acc_t>(xy.at[1])};
+  if constexpr (kReference == 0) return given;
+  reference += level * kReference;
+  if constexpr (kReference == 2) {
+    return {reference[0] + given.x / static_cast<acc_t>(levels.columns[level]),
+            reference[1] + given.y / static_cast<acc_t>(levels.rows[level])};
+  } else {
+    const acc_t unit = acc_t(0.5f) / static_cast<acc_t>(call.points);
+    return {reference[0] + given.x * reference[2] * unit,
+            reference[1] + given.y * reference[3] * unit};
+  }
+}
+
+template <typename acc_t>
 __device__ __forceinline__ Corners<acc_t, int32_t> corners_of(const CudaCall& call,
                                                               const Levels& levels, int level,
-                                                              const location_t* location) {
-  const Pack<location_t, 2> xy = *reinterpret_cast<const Pack<location_t, 2>*>(location);
+                                                              const Location<acc_t>& location) {
   const int32_t rows = levels.rows[level];
   const int32_t columns = levels.columns[level];
   const int32_t stride = call.heads * call.channels;
   const Layout<int32_t> layout{columns, rows, levels.first_token[level] * stride, columns * stride,
                                stride};
-  return find_corners(static_cast<acc_t>(xy.at[0]), static_cast<acc_t>(xy.at[1]),
-                      static_cast<acc_t>(columns), static_cast<acc_t>(rows), layout);
+  return find_corners(location.x, location.y, static_cast<acc_t>(columns), static_cast<acc_t>(rows),
+                      layout);
 }
 
-// The block's threads together find the corners of `count` samples, from number `first` on, of
-// each of the block's items. An item is a head of a query, counted over all images.
-template <typename acc_t, typename location_t>
-__device__ __forceinline__ void find_samples(const CudaCall& call, const Levels& levels,
-                                             const location_t* locations, const location_t* weights,
-                                             int64_t first_item, int items, int first, int count,
-                                             Sample<acc_t>* samples) {
-  const int all = call.levels * call.points;
-  const int64_t total = call.batch * call.queries * call.heads;
-  __syncthreads();  // The samples of before are no longer needed.
-  for (int i = threadIdx.x; i < items * count; i += blockDim.x) {
-    const int64_t item = first_item + i / count;
-    if (item >= total) break;
-    const int64_t place = item * all + first + i % count;
-    const int level = (first + i % count) / call.points;
-    const auto corners = corners_of<acc_t>(call, levels, level, locations + 2 * place);
-    const acc_t weight = static_cast<acc_t>(weights[place]);
-    Sample<acc_t> sample;
-    for (int corner = 0; corner < 4; ++corner) {
-      sample.offset[corner] = corners.place[corner];
-      sample.share[corner] = weight * corners.share(corner);
-    }
-    samples[i] = sample;
-  }
-  __syncthreads();
-}
+template <typename T>
+struct alignas(16) Four {
+  T at[4];
+};
 
-template <typename scalar_t, typename acc_t, typename location_t, int kVector>
+// A block does a tile: neighbouring queries, whose samples tend to be near each other, and as few
+// neighbouring heads as fill a cache line, so that many pixels are found in the L1 cache.
+//
+// Where `kReference` is 2 or 4, `locations` has offsets from the reference points or boxes (N, Q,
+// L, kReference), and `weights` numbers whose softmax over the samples of a head is meant.
+//
+// All threads of a warp go through the loops over the samples in step, those without a query or
+// channels of their own without reading pixels.
+template <typename scalar_t, typename acc_t, typename location_t, int kVector, int kReference>
 __global__ void __launch_bounds__(kThreads, kForwardBlocks)
     forward_kernel(const CudaCall call, const Levels levels, const scalar_t* __restrict__ value,
-                   const location_t* __restrict__ locations, const location_t* __restrict__ weights,
-                   scalar_t* __restrict__ output) {
-  __shared__ Sample<acc_t> samples[kSharedSamples];
-  const int items = blockDim.x / call.group;
-  const int my_item = threadIdx.x / call.group;
-  const int lane = threadIdx.x % call.group;
+                   const acc_t* __restrict__ reference, const location_t* __restrict__ locations,
+                   const location_t* __restrict__ weights, scalar_t* __restrict__ output) {
+  // Of the sample that each thread has found: the corners' offsets from the head's first pixel,
+  // negative outside, and their shares in the output.
+  __shared__ Four<int32_t> offsets[kThreads];
+  __shared__ Four<acc_t> shares[kThreads];
+  constexpr unsigned warp = 0xffffffffu;
+  const int shared_by = call.group << call.part_bits;  // threads for a head of a query
+  const int lane = threadIdx.x & (call.group - 1);
+  const int part = (threadIdx.x & (shared_by - 1)) >> call.group_bits;
+  const int in_tile = threadIdx.x >> call.group_bits >> call.part_bits;
+
+  const unsigned tile_queries = blockDim.x >> call.group_bits >> call.part_bits >> call.tile_bits;
+  const unsigned query_tiles = (call.queries + tile_queries - 1) / tile_queries;
+  const unsigned head_tiles = (call.heads + (1 << call.tile_bits) - 1) >> call.tile_bits;
+  const unsigned row_tile = blockIdx.x / head_tiles;
+  const unsigned image = row_tile / query_tiles;
+  const int head =
+      ((blockIdx.x % head_tiles) << call.tile_bits) + (in_tile & ((1 << call.tile_bits) - 1));
+  const int query = (row_tile % query_tiles) * tile_queries + (in_tile >> call.tile_bits);
+  const bool exists = head < call.heads && query < call.queries;
+  const int64_t row = exists ? static_cast<int64_t>(image) * call.queries + query : 0;
+  const int64_t item = exists ? row * call.heads + head : 0;
   const int all = call.levels * call.points;
-  const int at_once = min(all, kSharedSamples / items);
-  const int64_t total = call.batch * call.queries * call.heads;
-  // The same number of rounds in all threads of a block, which wait for each other.
-  for (int64_t first_item = static_cast<int64_t>(blockIdx.x) * items; first_item < total;
-       first_item += static_cast<int64_t>(gridDim.x) * items) {
-    const int64_t item = first_item + my_item;
-    const int64_t image = item / call.heads / call.queries;
-    const scalar_t* head = value + (image * call.tokens * call.heads + item % call.heads) *
-                                       static_cast<int64_t>(call.channels);
-    for (int c0 = 0; c0 < call.channels; c0 += call.group * kVector) {
-      const int c = c0 + lane * kVector;
-      const bool active = item < total && c < call.channels;
-      acc_t sum[kVector] = {};
-      for (int first = 0; first < all; first += at_once) {
-        const int count = min(at_once, all - first);
-        find_samples(call, levels, locations, weights, first_item, items, first, count, samples);
-        if (!active) continue;
-        for (int s = 0; s < count; ++s) {
-          const Sample<acc_t> sample = samples[my_item * count + s];
-          Pack<scalar_t, kVector> pixel[4];  // all read before the first is used
+  locations += 2 * item * all;
+  weights += item * all;
+  if constexpr (kReference != 0) reference += row * call.levels * kReference;
+
+  acc_t largest = -INFINITY;
+  if constexpr (kReference != 0) {
+    for (int s = lane; s < all; s += call.group) {
+      const acc_t number = static_cast<acc_t>(weights[s]);
+      largest = number > largest ? number : largest;
+    }
+    for (int distance = call.group / 2; distance > 0; distance /= 2) {
+      const acc_t other = __shfl_xor_sync(warp, largest, distance);
+      largest = other > largest ? other : largest;
+    }
+  }
+  for (int c0 = 0; c0 < call.channels; c0 += call.group * kVector) {
+    const int c = c0 + lane * kVector;
+    const bool active = exists && c < call.channels;
+    const scalar_t* pixels = value + (image * call.tokens * call.heads + head) * call.channels + c;
+    acc_t sum[kVector] = {};
+    acc_t total = 0;  // of the weights
+    for (int start = 0; start < all; start += shared_by) {
+      const int first = start + (part << call.group_bits);
+      const int mine = min(first + lane, all - 1);
+      const int level = mine / call.points;
+      const auto corners = corners_of(
+          call, levels, level,
+          read_location<kReference>(call, levels, level, reference, locations + 2 * mine));
+      acc_t weight = static_cast<acc_t>(weights[mine]);
+      if constexpr (kReference != 0) {
+        weight = exp(weight - largest);
+        if (first + lane < all) total += weight;
+      }
+      Four<int32_t> offset;
+      Four<acc_t> share;
 #pragma unroll
-          for (int corner = 0; corner < 4; ++corner) {
-            if (sample.offset[corner] < 0) continue;
-            pixel[corner] =
-                *reinterpret_cast<const Pack<scalar_t, kVector>*>(head + sample.offset[corner] + c);
-          }
+      for (int corner = 0; corner < 4; ++corner) {
+        offset.at[corner] = corners.place[corner];
+        // Zero also where the weight is NaN.
+        share.at[corner] = corners.place[corner] < 0 ? acc_t(0) : weight * corners.share(corner);
+      }
+      __syncwarp();  // The samples of before are no longer needed.
+      offsets[threadIdx.x] = offset;
+      shares[threadIdx.x] = share;
+      __syncwarp();
+      if (!active) continue;
+      const int count = min(call.group, all - first);
+      for (int s = 0; s < count; ++s) {
+        const Four<int32_t> place = offsets[threadIdx.x - lane + s];
+        const Four<acc_t> of_corner = shares[threadIdx.x - lane + s];
+        Numbers<scalar_t, kVector> pixel[4];  // all read before the first is used
 #pragma unroll
-          for (int corner = 0; corner < 4; ++corner) {
-            if (sample.offset[corner] < 0) continue;
+        for (int corner = 0; corner < 4; ++corner) {
+          pixel[corner].set_zero();
+          if (place.at[corner] >= 0) pixel[corner].read(pixels + place.at[corner]);
+        }
 #pragma unroll
-            for (int v = 0; v < kVector; ++v) {
-              sum[v] += sample.share[corner] * static_cast<acc_t>(pixel[corner].at[v]);
-            }
+        for (int corner = 0; corner < 4; ++corner) {
+#pragma unroll
+          for (int v = 0; v < kVector; ++v) {
+            sum[v] += of_corner.at[corner] * pixel[corner].template at<acc_t>(v);
           }
         }
       }
-      if (!active) continue;
-      Pack<scalar_t, kVector> result;
-      for (int v = 0; v < kVector; ++v) result.at[v] = static_cast<scalar_t>(sum[v]);
-      *reinterpret_cast<Pack<scalar_t, kVector>*>(output + item * call.channels + c) = result;
     }
+    for (int distance = call.group; distance < shared_by; distance *= 2) {
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) sum[v] += __shfl_xor_sync(warp, sum[v], distance);
+    }
+    if constexpr (kReference != 0) {
+      for (int distance = shared_by / 2; distance > 0; distance /= 2) {
+        total += __shfl_xor_sync(warp, total, distance);
+      }
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) sum[v] = all > 0 ? sum[v] / total : acc_t(0);
+    }
+    if (active && part == 0) write(sum, output + item * call.channels + c);
   }
 }
 
 // to[v] += amount[v]
 template <typename acc_t, int kVector>
 __device__ __forceinline__ void atomic_add(acc_t* to, const acc_t (&amount)[kVector]) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && CUDART_VERSION >= 12010
   constexpr bool by_four = sizeof(acc_t) == 4 && kVector % 4 == 0;
 #else
   constexpr bool by_four = false;
@@ -224,8 +368,9 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
       for (int first = 0; first < samples; first += call.group) {
         const int mine = min(first + lane, samples - 1);
         const int my_level = first_level + mine / call.points;
-        auto corners =
-            corners_of<acc_t>(call, levels, my_level, locations + 2 * (row_sample + mine));
+        const auto location = read_location<0, acc_t>(call, levels, my_level, nullptr,
+                                                      locations + 2 * (row_sample + mine));
+        auto corners = corners_of(call, levels, my_level, location);
         const acc_t attention = static_cast<acc_t>(weights[row_sample + mine]);
         int32_t my_offset[4];
 #pragma unroll

@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cstdint>
+#include <limits>
 #include <tuple>
 #include <type_traits>
 
@@ -35,7 +36,7 @@ struct Inputs {
   Tensor value, locations, weights;
   Levels levels{};
   CudaCall call{};
-  int vector;  // numbers of value in 16 bytes, 1 where the channels cannot be split so
+  int vector;  // numbers of value that a thread reads at once
   cudaStream_t stream;
 
   Inputs(const Tensor& value_, IntArrayRef spatial_shapes, const Tensor& sampling_locations,
@@ -68,27 +69,47 @@ struct Inputs {
             static_cast<int32_t>(sizes.levels),
             static_cast<int32_t>(sizes.points),
             group_for(sizes.channels, vector)};
+    int multiprocessors = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount,
+                                          value_.get_device_index()));
+    set_forward_bits(call, static_cast<int>(value.element_size()), multiprocessors);
   }
 
-  unsigned blocks(int64_t items) const { return blocks_for(items, call.group, kThreads); }
+  unsigned blocks_of_forward() const {
+    const int64_t blocks = forward_blocks(call, kThreads);
+    if (blocks > std::numeric_limits<int32_t>::max()) {
+      raise_value_error("sampling_locations: too many queries for a GPU, N * Q = ",
+                        sizes.batch * sizes.queries);
+    }
+    return static_cast<unsigned>(blocks);
+  }
 };
 
 // Calls run with one value of value's type, of the type of sums and of that of the locations, and
 // with the vector's length as a type.
-template <typename scalar_t, typename Run>
-void dispatch_type(const Inputs& inputs, Run run) {
+template <typename scalar_t, typename location_t, typename Run>
+void dispatch_vector(const Inputs& inputs, Run run) {
   using acc_t = std::conditional_t<sizeof(scalar_t) == 8, double, float>;
   constexpr int wide = 16 / sizeof(scalar_t);
-  const bool narrow = inputs.locations.scalar_type() == inputs.value.scalar_type();
-  if (narrow && inputs.vector == wide) {
-    run(scalar_t{}, acc_t{}, scalar_t{}, std::integral_constant<int, wide>{});
-  } else if (narrow) {
-    run(scalar_t{}, acc_t{}, scalar_t{}, std::integral_constant<int, 1>{});
-  } else if (inputs.vector == wide) {
-    run(scalar_t{}, acc_t{}, acc_t{}, std::integral_constant<int, wide>{});
-  } else {
-    run(scalar_t{}, acc_t{}, acc_t{}, std::integral_constant<int, 1>{});
+  if (inputs.vector == wide) {
+    return run(scalar_t{}, acc_t{}, location_t{}, std::integral_constant<int, wide>{});
   }
+  if constexpr (sizeof(scalar_t) == 2) {
+    if (inputs.vector == wide / 2) {
+      return run(scalar_t{}, acc_t{}, location_t{}, std::integral_constant<int, wide / 2>{});
+    }
+  }
+  run(scalar_t{}, acc_t{}, location_t{}, std::integral_constant<int, 1>{});
+}
+
+template <typename scalar_t, typename Run>
+void dispatch_type(const Inputs& inputs, Run run) {
+  if constexpr (sizeof(scalar_t) == 2) {
+    if (inputs.locations.scalar_type() == ScalarType::Float) {
+      return dispatch_vector<scalar_t, float>(inputs, run);
+    }
+  }
+  dispatch_vector<scalar_t, scalar_t>(inputs, run);
 }
 
 template <typename Run>
@@ -115,24 +136,43 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-Tensor ms_deform_attn_cuda(const Tensor& value, IntArrayRef spatial_shapes,
-                           const Tensor& sampling_locations, const Tensor& attention_weights) {
-  const Inputs inputs(value, spatial_shapes, sampling_locations, attention_weights);
+// `reference` has points (N, Q, L, 2) or boxes (N, Q, L, 4) that the inputs' locations are offsets
+// from, its weights then being numbers before the softmax; or is null.
+template <int kReference>
+Tensor forward(const Inputs& inputs, const Tensor& like, const Tensor* reference) {
   const Sizes& sizes = inputs.sizes;
   const std::array<int64_t, 3> shape{sizes.batch, sizes.queries, sizes.heads * sizes.channels};
-  Tensor output = empty(shape, value.scalar_type(), value);
+  Tensor output = empty(shape, like.scalar_type(), like);
   if (output.numel() == 0) return output;
   dispatch(inputs, [&](auto scalar, auto acc, auto location, auto vector) {
     using scalar_t = decltype(scalar);
+    using acc_t = decltype(acc);
     using location_t = decltype(location);
-    forward_kernel<scalar_t, decltype(acc), location_t, decltype(vector)::value>
-        <<<inputs.blocks(sizes.batch * sizes.queries * sizes.heads), kThreads, 0, inputs.stream>>>(
+    forward_kernel<scalar_t, acc_t, location_t, decltype(vector)::value, kReference>
+        <<<inputs.blocks_of_forward(), kThreads, 0, inputs.stream>>>(
             inputs.call, inputs.levels, data<scalar_t>(inputs.value),
+            reference == nullptr ? nullptr : data<acc_t>(*reference),
             data<location_t>(inputs.locations), data<location_t>(inputs.weights),
             mutable_data<scalar_t>(output));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return output;
+}
+
+Tensor ms_deform_attn_cuda(const Tensor& value, IntArrayRef spatial_shapes,
+                           const Tensor& sampling_locations, const Tensor& attention_weights) {
+  const Inputs inputs(value, spatial_shapes, sampling_locations, attention_weights);
+  return forward<0>(inputs, value, nullptr);
+}
+
+Tensor ms_deform_attn_fused_cuda(const Tensor& value, IntArrayRef spatial_shapes,
+                                 const Tensor& reference_points, const Tensor& sampling_offsets,
+                                 const Tensor& attention_logits) {
+  const Inputs inputs(value, spatial_shapes, sampling_offsets, attention_logits);
+  check_reference_points(reference_points, value, inputs.sizes);
+  const Tensor reference = contiguous(reference_points, accumulation_type(value.scalar_type()));
+  return reference.size(3) == 2 ? forward<2>(inputs, value, &reference)
+                                : forward<4>(inputs, value, &reference);
 }
 
 // `deterministic` leaves most of the GPU idle, but fixes the order of all sums.
@@ -158,7 +198,7 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward_cuda(
       using acc_t = decltype(acc);
       using location_t = decltype(location);
       backward_kernel<scalar_t, acc_t, location_t, decltype(vector)::value>
-          <<<inputs.blocks(items), kThreads, 0, inputs.stream>>>(
+          <<<backward_blocks(items, inputs.call.group, kThreads), kThreads, 0, inputs.stream>>>(
               inputs.call, inputs.levels, deterministic, data<scalar_t>(grad_outputs),
               data<scalar_t>(inputs.value), data<location_t>(inputs.locations),
               data<location_t>(inputs.weights), mutable_data<acc_t>(grad_value),
@@ -174,6 +214,7 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward_cuda(
 
 STABLE_TORCH_LIBRARY_IMPL(ddetr_d2, CUDA, m) {
   m.impl("ms_deform_attn", TORCH_BOX(&ms_deform_attn_cuda));
+  m.impl("ms_deform_attn_fused", TORCH_BOX(&ms_deform_attn_fused_cuda));
   m.impl("ms_deform_attn_backward", TORCH_BOX(&ms_deform_attn_backward_cuda));
 }
 
