@@ -25,7 +25,7 @@ class DetrDetectionModel(DetectionModel):
         result = get_sliced_prediction("large.jpg", model, slice_height=512, slice_width=512)
     """
 
-    category_mapping: dict[str, str]
+    category_mapping: dict[str, str] | None
 
     def __init__(self, detector: Detector, confidence_threshold: float = 0.3, **options: Any):
         """
@@ -82,11 +82,12 @@ class DetrDetectionModel(DetectionModel):
         instances.pred_boxes.clip(instances.image_size)
         chosen = (instances.scores >= self.confidence_threshold) & instances.pred_boxes.nonempty()
         instances = instances[chosen]
+        names = self.category_mapping or {}
         return [
             ObjectPrediction(
                 bbox=box,
                 category_id=category,
-                category_name=self.category_mapping[str(category)],
+                category_name=names[str(category)],
                 score=score,
                 shift_amount=shift,
                 full_shape=shape,
