@@ -166,7 +166,8 @@ def built_options(model: nn.Module) -> dict[str, Any]:
     if transformer is not None:
         decoder_layer = transformer.decoder.layers[0]
         options[NUM_HEADS] = decoder_layer.self_attn.num_heads
-        sigmoid = isinstance(model.criterion.matcher.classification, SigmoidClasses)
+        matcher = model.get_submodule("criterion.matcher")
+        sigmoid = isinstance(matcher.classification, SigmoidClasses)
         options[CLASS_LOSS] = "focal" if sigmoid else "cross_entropy"
         if isinstance(decoder_layer.cross_attn, MSDeformAttn):
             levels = decoder_layer.cross_attn.num_levels

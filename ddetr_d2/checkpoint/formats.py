@@ -208,6 +208,12 @@ def _with_one_list_of_levels(state: State) -> State:
     }
 
 
+def _mapping(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The mapping within another one; empty where there is none."""
+    value = content.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
 def _mmdetection(state: State, content: Any, path: str) -> Weights:
     state = _with_one_list_of_levels(rename(without_counters(state), MMDETECTION_2))
     state = {
@@ -220,8 +226,8 @@ def _mmdetection(state: State, content: Any, path: str) -> Weights:
         if re.fullmatch(r"input_proj\.\d+\.0\.weight", name):  # they have no bias
             state.setdefault(name.replace("weight", "bias"), weight.new_zeros(len(weight)))
     state = split_heads(rename(state, reverse(REFERENCE)))
-    meta = content.get("meta") if isinstance(content.get("meta"), Mapping) else {}
-    data_set = meta.get("dataset_meta") if isinstance(meta.get("dataset_meta"), Mapping) else {}
+    meta = _mapping(content, "meta")
+    data_set = _mapping(meta, "dataset_meta")
     names = data_set.get("classes") or data_set.get("CLASSES") or meta.get("CLASSES")
     names = [str(name) for name in names] if isinstance(names, list | tuple) else None
     return _with_classes(Weights("mmdetection", state, names, {INVERSE_SIGMOID_EPS: 1e-5}))
@@ -300,7 +306,7 @@ def _with_classes(weights: Weights) -> Weights:
     if weights.is_backbone:
         return weights
     # Others have but one kind of each member.
-    usual = {CLASS_LOSS: usual_class_loss(weights.model)}
+    usual: dict[str, Any] = {CLASS_LOSS: usual_class_loss(weights.model)}
     if not is_detr(weights.model):
         usual[MULTI_SCALE_ATTENTION] = True
     weights.options = usual | weights.options

@@ -64,13 +64,17 @@ class HubHandler(PathHandler):
                 f"{path}: models are fetched with huggingface_hub; pip install huggingface_hub."
             ) from None
         model, revision, file = match["model"], match["revision"], match["file"]
-        options = {"revision": revision, "force_download": force}
         try:
             if file:
-                return huggingface_hub.hf_hub_download(model, file, **options)
+                return huggingface_hub.hf_hub_download(
+                    model, file, revision=revision, force_download=force
+                )
             for patterns in _PATTERNS:
                 folder = huggingface_hub.snapshot_download(
-                    model, allow_patterns=list(patterns), **options
+                    model,
+                    allow_patterns=list(patterns),
+                    revision=revision,
+                    force_download=force,
                 )
                 if any(found for p in patterns[2:] for found in Path(folder).glob(p)):
                     return folder

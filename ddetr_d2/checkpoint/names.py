@@ -18,7 +18,9 @@ Table = dict[str, str]
 _HEAD = re.compile(r"(?:(?P<copy>.*decoder)\.)?(?P<kind>class_embed|bbox_embed)\.(?P<rest>.+)")
 
 
-def _resnet(stem: tuple[str, str], stages: str, convs: tuple[str, str], shortcut: tuple[str, str]):
+def _resnet(
+    stem: tuple[str, str], stages: str, convs: tuple[str, str], shortcut: tuple[str, str]
+) -> Table:
     """Table of a ResNet; each pair names a convolution and its normalisation.
 
     ``stages`` and ``convs`` are formatted with a stage or a convolution, counted from 0 (``{0}``)

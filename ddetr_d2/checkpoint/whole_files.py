@@ -7,7 +7,7 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 
@@ -92,13 +92,14 @@ def save_whole(content: Any, path: str) -> None:
     """
     with whole_file(path) as file:
         writer = _Writer(file)
-        torch.save(content, writer)
+        torch.save(content, cast(BinaryIO, writer))
         if writer.error:
             raise writer.error
 
 
 class _Writer:
-    """Keeps an error for later: PyTorch's writer does not survive one in the middle of a file."""
+    """What ``torch.save`` needs of a file. Keeps an error for later: PyTorch's writer does not
+    survive one in the middle of a file."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
