@@ -19,7 +19,7 @@ from ddetr_d2.engine.layout import launch_argument_parser
 from ddetr_d2.engine.output_folder import make_folder, output_folder
 from ddetr_d2.errors import UserError
 from ddetr_d2.main_process import on_main_process
-from ddetr_d2.modeling import prepare_for_inference, test_time_augmentation
+from ddetr_d2.modeling import inference_dtype, prepare_for_inference, test_time_augmentation
 
 import torch
 from detectron2.config import CfgNode
@@ -38,6 +38,7 @@ def configure(args: argparse.Namespace) -> CfgNode:
         raise UserError("--config-file is missing; give one, such as configs/deformable_detr.yaml.")
     if args.num_processes and cfg.MODEL.DEVICE.startswith("cuda"):
         raise UserError("--num-processes is for CPUs: set MODEL.DEVICE cpu, or give --num-gpus.")
+    inference_dtype(cfg.TEST.DTYPE)
     if cfg.TEST.AUG.ENABLED:
         test_time_augmentation.check(cfg)
     if args.eval_only:
@@ -97,7 +98,7 @@ def evaluate(cfg: CfgNode, args: argparse.Namespace) -> None:
     complete(cfg, args, weights)
     model = Trainer.build_model(cfg)
     Trainer.build_checkpointer(cfg, model, strict=True).load(weights, checkpointables=[])
-    model = prepare_for_inference(model)
+    model = prepare_for_inference(model, inference_dtype(cfg.TEST.DTYPE))
     Trainer.test(cfg, model)
     if cfg.TEST.AUG.ENABLED:
         Trainer.test_with_TTA(cfg, model)

@@ -30,7 +30,7 @@ from .data import build_augmentation, data_set_classes, read_image
 from .data.images import as_array
 from .engine.setup import saved_cfg, setup_cfg, value_of
 from .errors import UserError
-from .modeling import prepare_for_inference
+from .modeling import inference_dtype, prepare_for_inference
 from .modeling.test_time_augmentation import SetDetectorWithTTA, keep_original_size
 from .visualization import draw_detections
 
@@ -163,7 +163,7 @@ class Detector:
         self.cfg, self.class_names, _ = configured
         self.cfg.freeze()
         self.metadata = _metadata(self.class_names)
-        self.model = prepare_for_inference(configured.build())
+        self.model = prepare_for_inference(configured.build(), inference_dtype(self.cfg.TEST.DTYPE))
         input_cfg = self.cfg
         if self.cfg.TEST.AUG.ENABLED:
             self.model = SetDetectorWithTTA(self.cfg, self.model)

@@ -3,7 +3,7 @@
 from . import backbone  # noqa: F401  registers the backbones
 from .deformable_detr import DeformableDETR
 from .detr import DETR
-from .inference import prepare_for_inference
+from .inference import inference_dtype, prepare_for_inference
 from .set_detector import SetDetector
 
-__all__ = ["DETR", "DeformableDETR", "SetDetector", "prepare_for_inference"]
+__all__ = ["DETR", "DeformableDETR", "SetDetector", "inference_dtype", "prepare_for_inference"]

@@ -1,84 +1,113 @@
 """Changes to a trained model that make inference faster and leave its output as it is."""
 
 import copy
+from functools import partial
+from typing import Any
 
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from ..errors import UserError
+from ..layers.deform_conv import DeformConv
+from .heads import DetectionHead
+from .packed import pack
+from .queries import LearnedPositions, LearnedQueries
 from .timm_backbone import TimmBackbone, import_timm
-from .transformer import FeedForward
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def prepare_for_inference(model: nn.Module) -> nn.Module:
-    """Fold batch normalisation into convolutions; on a CPU, run linear layers by oneDNN and
-    feed-forward networks in pieces.
+def prepare_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Fold batch normalisation into convolutions, convert to 16 bits if that is wanted, and on a
+    CPU run convolutions and linear layers by oneDNN.
+
+    In bfloat16 weights and features have 16 bits; positions, sampling points, boxes and the layers
+    that give scores and boxes keep their 32, and sums are made in 32 bits as well.
 
     Args:
         model: a trained model with Detectron2's convolutions or a backbone of timm; it is not
             changed.
+        dtype: float32, which leaves the model's own type, or bfloat16.
 
     Returns:
         a copy whose output differs by rounding only. It cannot be trained, and its names in
         ``state_dict()`` are not those of checkpoints.
+
+    Raises:
+        ValueError: another type is asked for.
     """
+    if dtype not in DTYPES.values():
+        raise ValueError(f"prepare_for_inference: expected float32 or bfloat16, got {dtype}")
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for module in list(model.modules()):
         if isinstance(module, Conv2d):
             _fold_batch_norm(module)
         elif isinstance(module, TimmBackbone):
             _fold_batch_norm_of_timm(module)
-        elif isinstance(module, nn.Linear) and OneDNNLinear.is_faster_than(module):
-            module.__class__ = OneDNNLinear
-        elif isinstance(module, FeedForward) and module.linear1.weight.device.type == "cpu":
-            module.__class__ = FeedForwardInPieces
+    if dtype == torch.float32:
+        pack(model)
+    else:
+        _to_16_bits(model, dtype)
+        pack(model)
+        _cast_between(model, dtype)  # last, for it hangs on the modules that are left
     return model
 
 
-class OneDNNLinear(nn.Linear):
-    """:class:`torch.nn.Linear` by oneDNN, which PyTorch itself uses for 16 bit types only.
+def inference_dtype(name: str) -> torch.dtype:
+    """The type that TEST.DTYPE names.
 
-    In float32 its matrix product is somewhat faster than that of :func:`torch.addmm`, and the bias
-    does not have to be written to the output first.
+    Raises:
+        UserError: it is none of those that models can be prepared with.
     """
-
-    @staticmethod
-    def is_faster_than(linear: nn.Linear) -> bool:
-        """Whether ``linear`` can be replaced. Subclasses, such as the one inside of attention
-        modules, are used in other ways than by calling them."""
-        return (
-            type(linear) is nn.Linear
-            and linear.weight.device.type == "cpu"
-            and linear.weight.dtype == torch.float32
-            and torch.backends.mkldnn.is_available()
-            and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C) to (..., C')."""
-        if (
-            x.dtype != torch.float32
-            or torch.is_autocast_enabled("cpu")
-            or torch.jit.is_tracing()  # TorchScript has no such argument lists
-        ):
-            return super().forward(x)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+    if name not in DTYPES:
+        raise UserError(f"TEST.DTYPE is {name!r}; expected one of {', '.join(DTYPES)}.")
+    return DTYPES[name]
 
 
-class FeedForwardInPieces(FeedForward):
-    """:class:`FeedForward` for some tokens after the other, so that its hidden layer, which is the
-    largest tensor of the encoder, stays in the cache and needs no new memory of the system."""
+def _to_16_bits(detector: Any, dtype: torch.dtype) -> None:
+    """Change weights to ``dtype``, but for those of modules that need more."""
+    queries = detector.transformer.queries
+    wide = [*_last_layers(detector), *_deformable_convolutions(detector)]
+    if isinstance(queries, LearnedQueries | LearnedPositions):
+        wide.append(queries)
+    kept = {part for module in wide for part in module.modules()}
+    for part in (detector.backbone, detector.projection.input_proj, detector.transformer):
+        for module in part.modules():
+            if module not in kept:
+                for tensor in (*module.parameters(False), *module.buffers(False)):
+                    if tensor.is_floating_point():
+                        tensor.data = tensor.data.to(dtype)
 
-    TOKENS = 1024
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, Q, C) to (N, Q, C)."""
-        whole = super().forward
-        # A graph would have as many pieces for all images as for the one that it was made with.
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return whole(x)
-        return torch.cat([whole(piece) for piece in x.split(self.TOKENS, dim=1)], dim=1)
+def _cast_between(detector: Any, dtype: torch.dtype) -> None:
+    """Change the type of features wherever the next weights have another one."""
+    detector.backbone.register_forward_pre_hook(partial(_cast_inputs, dtype))
+    for module in _last_layers(detector):
+        module.register_forward_pre_hook(partial(_cast_inputs, torch.float32))
+    for module in _deformable_convolutions(detector):
+        module.register_forward_pre_hook(partial(_cast_inputs, torch.float32))
+        module.register_forward_hook(partial(_cast_output, dtype))
+
+
+def _last_layers(detector: nn.Module) -> list[nn.Module]:
+    """The layers that scores and boxes come from."""
+    heads = [module for module in detector.modules() if isinstance(module, DetectionHead)]
+    return [layer for head in heads for layer in (head.class_embed, head.bbox_embed[-2])]
+
+
+def _deformable_convolutions(detector: nn.Module) -> list[nn.Module]:
+    """Those of the backbone, which torchvision computes in 32 bits alone."""
+    return [module for module in detector.modules() if isinstance(module, DeformConv)]
+
+
+def _cast_inputs(dtype: torch.dtype, module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    return tuple(x.to(dtype) for x in inputs)
+
+
+def _cast_output(dtype: torch.dtype, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output.to(dtype)
 
 
 def _fold_batch_norm(convolution: Conv2d) -> None:
@@ -91,7 +120,8 @@ def _fold_batch_norm(convolution: Conv2d) -> None:
     convolution.norm = None
 
 
-def _fuse(convolution: nn.Conv2d, norm: nn.Module) -> None:
+def _fuse(convolution: nn.Conv2d, norm: Any) -> None:
+    """Make a convolution do what batch normalisation with fixed statistics does after it."""
     weight, bias = fuse_conv_bn_weights(
         convolution.weight,
         convolution.bias,

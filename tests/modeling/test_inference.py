@@ -1,20 +1,24 @@
 """A model prepared for inference gives what the model gives."""
 
 import copy
+import pickle
+
+from ddetr_d2.errors import UserError
+from ddetr_d2.layers import MSDeformAttn
+from ddetr_d2.layers.onednn import PackedConv2d, PackedLinear
+from ddetr_d2.modeling import inference_dtype, prepare_for_inference
+from ddetr_d2.modeling import packed as packed_parts
+from ddetr_d2.modeling.packed import FeedForwardInPieces
 
 import pytest
 import torch
 from torch import nn
 
-from ddetr_d2.layers import MSDeformAttn
-from ddetr_d2.modeling.inference import (
-    FeedForwardInPieces,
-    OneDNNLinear,
-    prepare_for_inference,
-)
-
 from ..conftest import MEMBERS, TINY
 from .test_deformable_detr import build, make_batch
+
+# Parameters that keep 32 bits.
+WIDE = ("class_embed", "bbox_embed.4", "bbox_embed.6", "queries.query_embed", "reference_points")
 
 
 def randomize(model: nn.Module) -> nn.Module:
@@ -43,7 +47,7 @@ def test_output_stays_and_the_model_too(variant, norm):
     before = copy.deepcopy(model.state_dict())
     prepared = prepare_for_inference(model)
     linear = prepared.transformer.encoder.layers[0].ffn.linear1
-    assert isinstance(linear, OneDNNLinear) == torch.backends.mkldnn.is_available()
+    assert isinstance(linear, PackedLinear) == torch.backends.mkldnn.is_available()
     for batch in (make_batch(), make_batch()[:1]):  # with padding and without
         plain = raw(model, batch)  # with gradients: nothing is fused
         with torch.inference_mode():
@@ -69,9 +73,81 @@ def test_prepared_models_run_under_autocast_and_in_double():
             assert got.shape == wanted.shape
 
 
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("variant", MEMBERS)
+def test_bfloat16(variant, packed, monkeypatch):
+    """By oneDNN, and as on a GPU or a processor that has no instructions for it."""
+    if packed and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN has no bfloat16 here")
+    if not packed:
+        monkeypatch.setattr(packed_parts, "can_pack", lambda module: False)
+    model = randomize(build(variant, *TINY))
+    prepared = prepare_for_inference(model, torch.bfloat16)
+    assert packed == any(isinstance(module, PackedConv2d) for module in prepared.modules())
+    for name, tensor in prepared.transformer.named_parameters():
+        wide = any(part in name for part in WIDE)
+        assert tensor.dtype == (torch.float32 if wide else torch.bfloat16), name
+    for batch in (make_batch(), make_batch()[:1]):  # with padding and without
+        expected = raw(model, batch)
+        with torch.inference_mode():
+            got = raw(prepared, batch)
+        for x, y in zip(got, expected, strict=True):
+            assert (
+                x.dtype == torch.float32
+            )  # computed so: there are numbers between those of 16 bits
+            assert not torch.equal(x, x.bfloat16().float())
+            x, y = x.sort(1).values, y.sort(1).values  # two stages order queries by their scores
+            assert (x - y).norm() <= 0.06 * y.norm()
+
+
+def test_bfloat16_keeps_positions_and_locations(monkeypatch):
+    seen = []
+    model = prepare_for_inference(randomize(build("deformable_detr_refine", *TINY)), torch.bfloat16)
+    for module in model.modules():
+        if isinstance(module, MSDeformAttn):
+            module.register_forward_pre_hook(lambda module, args: seen.append(args[:3]))
+    with torch.inference_mode():
+        raw(model, make_batch())
+    for query, reference_points, values in seen:
+        assert query.dtype == values.dtype == torch.bfloat16
+        assert reference_points.dtype == torch.float32
+    assert len(seen) == len(model.transformer.encoder.layers) + len(
+        model.transformer.decoder.layers
+    )
+
+
+def test_bfloat16_with_deformable_convolution():
+    options = (*TINY, "MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.DEFORM_ON_PER_STAGE")
+    model = randomize(build("deformable_detr", *options, "[False, False, False, True]"))
+    prepared = prepare_for_inference(model, torch.bfloat16)
+    batch = make_batch()
+    with torch.inference_mode():
+        for x, y in zip(raw(prepared, batch), raw(model, batch), strict=True):
+            assert (x - y).norm() <= 0.02 * y.norm()
+
+
+def test_other_types_are_refused():
+    model = build("deformable_detr", *TINY)
+    with pytest.raises(ValueError, match="expected float32 or bfloat16, got torch.float16"):
+        prepare_for_inference(model, torch.float16)
+    assert inference_dtype("bfloat16") == torch.bfloat16
+    with pytest.raises(UserError, match="TEST.DTYPE is 'half'; expected one of float32, bfloat16"):
+        inference_dtype("half")
+
+
+def test_prepared_models_can_be_copied_and_pickled():
+    prepared = prepare_for_inference(randomize(build("deformable_detr", *TINY)))
+    with torch.inference_mode():
+        batch = make_batch()
+        expected = raw(prepared, batch)
+        for other in (copy.deepcopy(prepared), pickle.loads(pickle.dumps(prepared))):
+            for got, wanted in zip(raw(other, batch), expected, strict=True):
+                assert torch.equal(got, wanted)
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 7, 8, 30])
 def test_feed_forward_in_pieces(tokens, monkeypatch):
-    monkeypatch.setattr(FeedForwardInPieces, "TOKENS", 7)
+    monkeypatch.setattr(FeedForwardInPieces, "BYTES_PER_CHANNEL", 28)
     model = randomize(build("deformable_detr", *TINY))
     plain = model.transformer.encoder.layers[0].ffn
     pieces = prepare_for_inference(model).transformer.encoder.layers[0].ffn
@@ -86,7 +162,7 @@ def test_feed_forward_in_pieces(tokens, monkeypatch):
 
 
 def test_feed_forward_in_pieces_is_whole_in_graphs(monkeypatch):
-    monkeypatch.setattr(FeedForwardInPieces, "TOKENS", 7)
+    monkeypatch.setattr(FeedForwardInPieces, "BYTES_PER_CHANNEL", 28)
     model = randomize(build("deformable_detr", *TINY))
     plain = model.transformer.encoder.layers[0].ffn
     pieces = prepare_for_inference(model).transformer.encoder.layers[0].ffn
