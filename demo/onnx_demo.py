@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draw the detections of an exported ONNX file, with onnxruntime, numpy and OpenCV alone.
+"""Draw the detections of an exported ONNX file by onnxruntime or OpenVINO, numpy and OpenCV alone.
 
 ::
 
@@ -9,10 +9,43 @@
 import argparse
 import json
 import os
+from collections.abc import Callable
 
 import cv2
 import numpy as np
-import onnxruntime
+
+# The inputs of the model, by name, to its outputs in their order.
+Model = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
+
+
+def load_in_onnxruntime(path: str) -> tuple[Model, dict[str, str]]:
+    """The model, and its metadata as JSON."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    metadata = session.get_modelmeta().custom_metadata_map
+    return lambda inputs: session.run(None, inputs), metadata
+
+
+def load_in_openvino(path: str, extension: str, precision: str) -> tuple[Model, dict[str, str]]:
+    """The model, and its metadata as JSON.
+
+    Args:
+        path: an ONNX file.
+        extension: a library with the operator of --sampling extension; empty for none.
+        precision: f32 or bf16.
+    """
+    import openvino
+
+    core = openvino.Core()
+    if extension:
+        core.add_extension(os.path.abspath(extension))
+    model = core.read_model(path)
+    settings = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+    compiled = core.compile_model(model, "CPU", settings)
+    known = model.get_rt_info("framework").astype(dict) if model.has_rt_info("framework") else {}
+    metadata = {key: value.astype(str) for key, value in known.items()}
+    return lambda inputs: list(compiled(inputs).values()), metadata
 
 
 def resized_shape(height: int, width: int, rules: dict) -> tuple[int, int]:
@@ -38,13 +71,31 @@ def main() -> None:
     for name in ("model", "image", "drawing"):
         parser.add_argument(name)
     parser.add_argument("--confidence-threshold", type=float, default=0.5)
+    parser.add_argument("--runtime", choices=("onnxruntime", "openvino"), default="onnxruntime")
+    parser.add_argument(
+        "--precision", choices=("f32", "bf16"), default="f32", help="OpenVINO only: 32 or 16 bits"
+    )
+    parser.add_argument(
+        "--openvino-extension",
+        default="",
+        metavar="FILE",
+        help="library that a file of --sampling extension needs, see docs/export.md",
+    )
     args = parser.parse_args()
-    for path in (args.model, args.image):
+    for path in filter(None, (args.model, args.image, args.openvino_extension)):
         if not os.path.isfile(path):
             parser.error(f"{path} does not exist")
+    if args.runtime != "openvino" and (args.openvino_extension or args.precision != "f32"):
+        parser.error("--openvino-extension and --precision are for --runtime openvino")
 
-    session = onnxruntime.InferenceSession(args.model, providers=["CPUExecutionProvider"])
-    rules = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
+    try:
+        if args.runtime == "openvino":
+            run, metadata = load_in_openvino(args.model, args.openvino_extension, args.precision)
+        else:
+            run, metadata = load_in_onnxruntime(args.model)
+    except ImportError:
+        parser.error(f"--runtime {args.runtime}: pip install {args.runtime}")
+    rules = {key: json.loads(value) for key, value in metadata.items()}
     if not (rules.get("preprocess") and rules.get("postprocess")):
         parser.error(f"{args.model} does not take pixels and give boxes: see docs/export.md")
     picture = cv2.imread(args.image)
@@ -63,7 +114,7 @@ def main() -> None:
         "image_sizes": np.array([image.shape[:2]], np.int64),
         "output_sizes": np.array([[height, width]], np.int64),
     }
-    scores, labels, boxes = (output[0] for output in session.run(None, inputs))
+    scores, labels, boxes = (output[0] for output in run(inputs))
 
     color = (0, 200, 0)
     for index in np.flatnonzero(scores >= args.confidence_threshold):

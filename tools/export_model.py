@@ -27,6 +27,7 @@ from ddetr_d2.export import (
     example_inputs,
 )
 from ddetr_d2.export.formats import require_package
+from ddetr_d2.export.verify import load_onnx_in_openvino
 
 import numpy as np
 import torch
@@ -56,8 +57,16 @@ def get_parser() -> argparse.ArgumentParser:
         "--sampling",
         choices=SAMPLINGS,
         default="grid_sample",
-        help="how attention samples: the fastest on CPUs; by gather for TensorRT; with the "
-        "compiled operator, torch_export only, which needs ddetr_d2 again (default: %(default)s)",
+        help="how attention samples: the fastest of standard operators on CPUs; by gather for "
+        "TensorRT; with the compiled operator, torch_export only, which needs ddetr_d2 again; with "
+        "the extension of OpenVINO, onnx only (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--openvino-extension",
+        default="",
+        metavar="FILE",
+        help="extension to verify with, for --sampling extension; "
+        "python -m ddetr_d2.export.openvino_extension FILE builds it",
     )
     parser.add_argument(
         "--opset",
@@ -118,13 +127,26 @@ def check_output(args: argparse.Namespace, cfg: CfgNode) -> None:
     """
     if args.format == "onnx":
         require_package("onnx", "--format onnx")
-        require_package("onnxruntime", "--format onnx")
+        runtime = "openvino" if args.openvino_extension else "onnxruntime"
+        require_package(runtime, "--format onnx")
     elif args.opset is not None:
         raise UserError(f"--opset {args.opset} is for --format onnx, not for {args.format}.")
     if args.sampling == "operator" and args.format != "torch_export":
         raise UserError(
             f"--sampling operator is for --format torch_export, not for {args.format}; "
             "choose grid_sample or gather."
+        )
+    if (args.sampling == "extension") != bool(args.openvino_extension):
+        raise UserError(
+            "--sampling extension and --openvino-extension FILE go together: the one writes what "
+            "the other runs."
+        )
+    if args.sampling == "extension" and args.format != "onnx":
+        raise UserError(f"--sampling extension is for --format onnx, not for {args.format}.")
+    if args.openvino_extension and not os.path.isfile(args.openvino_extension):
+        raise UserError(
+            f"--openvino-extension {args.openvino_extension} does not exist; "
+            "python -m ddetr_d2.export.openvino_extension builds it."
         )
     if args.format == "torch_export" and not args.output.endswith(".pt2"):
         raise UserError(f"--output {args.output}: files of torch.export end in .pt2.")
@@ -166,7 +188,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metadata = describe(detector, cfg, configured.class_names)
         WRITERS[args.format](detector, unverified, metadata, **opset)
         print("comparing it with the model", flush=True)
-        run, _ = LOADERS[args.format](unverified)
+        if args.openvino_extension:
+            run, _ = load_onnx_in_openvino(unverified, args.openvino_extension)
+        else:
+            run, _ = LOADERS[args.format](unverified)
         differences = compare(reference, run, inputs)
         print(
             f"largest differences: {differences.scores:.1e} in scores, "

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from ..layers import MSDeformAttn
 from ..modeling import SetDetector
-from .sampling import sample_with_gather, sample_with_grid_sample
+from .sampling import sample_with_extension, sample_with_gather, sample_with_grid_sample
 
 # How exported files sample: formulation by name; None leaves the operator of ddetr_d2.
-SAMPLINGS: dict[str, Callable | None] = {
+SAMPLINGS: dict[str, Callable[..., Tensor] | None] = {
     "grid_sample": sample_with_grid_sample,
     "gather": sample_with_gather,
+    "extension": sample_with_extension,
     "operator": None,
 }
 
@@ -52,10 +53,11 @@ class ExportableDetector(nn.Module):
         if postprocess:
             self.input_names.append("output_sizes")
             self.output_names = ["scores", "labels", "boxes"]
-        if SAMPLINGS[sampling] is not None:
+        operator = SAMPLINGS[sampling]
+        if operator is not None:
             for module in self.model.modules():
                 if isinstance(module, MSDeformAttn):
-                    module.operator = SAMPLINGS[sampling]
+                    module.operator = operator
 
     def forward(
         self, images: Tensor, sizes_or_mask: Tensor, output_sizes: Tensor | None = None
@@ -75,6 +77,9 @@ class ExportableDetector(nn.Module):
             from 0 and boxes (N, R, 4), (x0, y0, x1, y1) in pixels; otherwise logits (N, Q, K), with
             a softmax (N, Q, K + 1), the last one of "no object", and boxes (N, Q, 4),
             (cx, cy, w, h) as fractions of the unpadded image.
+
+        Raises:
+            ValueError: with ``postprocess`` there are no ``output_sizes``.
         """
         if self.preprocess:
             images, padding_mask = self.prepare(images, sizes_or_mask)
@@ -83,6 +88,8 @@ class ExportableDetector(nn.Module):
         layers, _ = self.model.predict(images, padding_mask)
         if not self.postprocess:
             return layers[-1].logits, layers[-1].boxes
+        if output_sizes is None:
+            raise ValueError("output_sizes are needed with postprocess")
         best = self.model.best(layers[-1])
         scale = output_sizes[:, [1, 0, 1, 0]].to(best.boxes.dtype)  # width, height, width, height
         return best.scores, best.classes, best.boxes * scale[:, None]

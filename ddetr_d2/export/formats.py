@@ -3,19 +3,21 @@
 import contextlib
 import importlib.util
 import json
-import operator
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
+from torch.overrides import TorchFunctionMode
 
 from ..errors import UserError
 from ..layers.deform_conv import DeformConv
 from .detector import ExportableDetector
+from .sampling import ONNX_DOMAIN
 
 # ONNX operator sets: GridSample, and LayerNormalization one later, came with the first two; the
 # last one is that of the exporter.
@@ -23,7 +25,7 @@ OPSETS = range(16, 21)
 METADATA_FILE = "metadata.json"
 
 _NEEDS_STANDARD = (
-    "sampling 'operator' is not for {}: the file would hold an operator that only ddetr_d2 has; "
+    "sampling {!r} is not for {}: the file would hold an operator that only ddetr_d2 has; "
     "choose grid_sample or gather."
 )
 
@@ -40,11 +42,11 @@ def example_inputs(detector: ExportableDetector, *sizes: tuple[int, int]) -> tup
     for image, (height, width) in zip(images, sizes, strict=True):
         image[:, :height, :width].random_(256, generator=generator)
     image_sizes = torch.tensor(sizes)
-    inputs = [images, image_sizes]
+    inputs: tuple[Tensor, ...] = (images, image_sizes)
     if not detector.preprocess:
         inputs = detector.prepare(images.to(device), image_sizes.to(device))
     if detector.postprocess:
-        inputs = [*inputs, 2 * image_sizes]
+        inputs = (*inputs, 2 * image_sizes)
     return tuple(tensor.to(device) for tensor in inputs)
 
 
@@ -68,7 +70,7 @@ def write_onnx(
     import onnx
 
     if detector.sampling == "operator":
-        raise UserError(_NEEDS_STANDARD.format("ONNX"))
+        raise UserError(_NEEDS_STANDARD.format(detector.sampling, "ONNX"))
     if any(isinstance(module, DeformConv) for module in detector.modules()):
         raise UserError(
             "the backbone has deformable convolutions, which are not exported to ONNX; choose "
@@ -84,6 +86,7 @@ def write_onnx(
             output_names=detector.output_names,
             dynamic_axes=_names_of_axes(detector),
             opset_version=opset,
+            custom_opsets={ONNX_DOMAIN: 1} if detector.sampling == "extension" else None,
             dynamo=False,
         )
     model = onnx.load(path)
@@ -97,10 +100,10 @@ def write_torchscript(detector: ExportableDetector, path: str, metadata: dict[st
     """Trace the detector; the file holds ``metadata`` as JSON in the extra file METADATA_FILE.
 
     Raises:
-        UserError: the detector samples with the compiled operator, which cannot be traced.
+        UserError: the detector samples with an operator that TorchScript does not have.
     """
-    if detector.sampling == "operator":
-        raise UserError(_NEEDS_STANDARD.format("TorchScript"))
+    if detector.sampling in ("operator", "extension"):
+        raise UserError(_NEEDS_STANDARD.format(detector.sampling, "TorchScript"))
     with _tracing():
         traced = torch.jit.trace(detector, _small_batch(detector), check_trace=False)
         torch.jit.save(traced, path, _extra_files={METADATA_FILE: json.dumps(metadata)})
@@ -122,8 +125,11 @@ def export_program(detector: ExportableDetector) -> ExportedProgram:
     torch.export treats sizes of one specially.
 
     Raises:
-        UserError: the backbone takes images of certain sizes only.
+        UserError: the backbone takes images of certain sizes only, or the detector samples with
+            the operator of an extension.
     """
+    if detector.sampling == "extension":
+        raise UserError("sampling 'extension' is for ONNX; choose grid_sample, gather or operator.")
     divisor = detector.model.backbone.size_divisibility
     if divisor > 1:
         raise UserError(
@@ -139,13 +145,48 @@ def export_program(detector: ExportableDetector) -> ExportedProgram:
         for name in detector.input_names
     )
     sizes = (smallest + 62, smallest + 94), (smallest + 30, smallest + 61), (smallest, smallest)
-    # The division in PyTorch's shape of a pooling asks for the remainder, only to correct what
-    # cannot occur, and would bind the program to images of one parity.
-    division = mock.patch("torch._meta_registrations.div_rtn", operator.floordiv, create=True)
-    with torch.no_grad(), division:
+    with torch.no_grad(), _MaxPoolingOfAnySize():
         return torch.export.export(
             detector, example_inputs(detector, *sizes), dynamic_shapes=shapes
         )
+
+
+class _MaxPoolingOfAnySize(TorchFunctionMode):
+    """Writes maximum pooling as maxima of windows, while a program is exported.
+
+    PyTorch computes the output size of its own from whether a division leaves a remainder, which
+    would bind the program to images of one parity.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        function = _max_pool2d if func is F.max_pool2d else func
+        return function(*args, **(kwargs or {}))
+
+
+def _max_pool2d(
+    x: Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int],
+    padding: int | tuple[int, int] = 0,
+    dilation: int = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor:
+    """``F.max_pool2d``, which is called for anything but plain square windows."""
+    if not (isinstance(kernel_size, int) and isinstance(stride, int) and isinstance(padding, int)):
+        return F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    if dilation != 1 or ceil_mode or return_indices:
+        return F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    x = F.pad(x, (padding,) * 4, value=-math.inf)
+    for axis in (2, 3):
+        x = x.unfold(axis, kernel_size, stride).amax(-1)
+    return x
 
 
 WRITERS: dict[str, Callable[..., None]] = {

@@ -1,4 +1,5 @@
-"""Multi-scale deformable attention of standard operators, for files that run without ddetr_d2.
+"""Multi-scale deformable attention for files that run without ddetr_d2: of standard operators, or
+as one operator that a runtime has by an extension.
 
 The functions are called as :func:`ddetr_d2.layers.ms_deform_attn` is and compute the same
 (paper, equation 3) for finite locations. They check nothing and do not branch on sizes, which are
@@ -6,10 +7,16 @@ symbols while a model is exported and tensors while it is traced.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..layers import ms_deform_attn
+
+# Of the operator that ONNX files of sample_with_extension have.
+ONNX_DOMAIN = "ddetr_d2"
 
 
 def sample_with_grid_sample(
@@ -39,7 +46,7 @@ def sample_with_grid_sample(
     # Queries last: neighbouring ones look at neighbouring pixels, and sums run over whole rows.
     grid = 2 * sampling_locations.permute(0, 2, 3, 4, 1, 5) - 1  # (N, M, L, K, Q, 2)
     weights = attention_weights.permute(0, 2, 3, 4, 1)
-    output = 0.0
+    output = value.new_zeros(())
     for level, ((height, width), feature_map) in enumerate(
         zip(spatial_shapes, feature_maps, strict=True)
     ):
@@ -72,7 +79,7 @@ def sample_with_gather(
     rows = value.reshape(batch * tokens * heads, channels)
     image = torch.arange(batch, device=value.device)[:, None, None, None, None]
     head = torch.arange(heads, device=value.device)[:, None, None]
-    output = 0.0
+    output = value.new_zeros(())
     for level, ((height, width), start) in enumerate(
         zip(spatial_shapes, level_start_index, strict=True)
     ):
@@ -102,3 +109,40 @@ def _neighbours(location: Tensor, size: int) -> tuple[Tensor, Tensor]:
     inside = (pixels >= 0) & (pixels < size)
     # Clamped before the conversion: a far location need not fit into an integer.
     return pixels.clamp(0, size - 1).long(), weights * inside.to(weights.dtype)
+
+
+def sample_with_extension(
+    value: Tensor,
+    spatial_shapes: Sequence[Sequence[int]],
+    level_start_index: Sequence[int],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    """The compiled operator here, the operator MSDeformAttn of the domain ddetr_d2 in an ONNX file.
+
+    Its inputs are value, the levels' heights and widths (L, 2) of int64, locations and weights.
+    Arguments and result are those of :func:`sample_with_grid_sample`.
+    """
+    shapes = torch.stack(
+        [torch.stack([torch.as_tensor(length) for length in shape]) for shape in spatial_shapes]
+    )
+    return _MSDeformAttnNode.apply(value, shapes, sampling_locations, attention_weights)
+
+
+class _MSDeformAttnNode(torch.autograd.Function):
+    """What :func:`torch.onnx.export` asks for the node to write."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor
+    ) -> Tensor:
+        sizes = shapes.tolist()
+        starts = [0]
+        for height, width in sizes[:-1]:
+            starts.append(starts[-1] + height * width)
+        return ms_deform_attn(value, sizes, starts, locations, weights)
+
+    @staticmethod
+    def symbolic(g: Any, value: Any, shapes: Any, locations: Any, weights: Any) -> Any:
+        node = g.op(f"{ONNX_DOMAIN}::MSDeformAttn", value, shapes, locations, weights)
+        return node.setType(value.type().with_sizes([None, None, None]))

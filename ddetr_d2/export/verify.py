@@ -1,6 +1,7 @@
 """Running exported files, and comparing them with the model they were made from."""
 
 import json
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from ..errors import UserError
 from .detector import ExportableDetector
 from .formats import METADATA_FILE, require_package
 
@@ -35,6 +37,47 @@ def load_onnx(path: str) -> tuple[Callable[..., list[Tensor]], dict[str, Any]]:
 
     metadata = session.get_modelmeta().custom_metadata_map
     return run, {key: json.loads(value) for key, value in metadata.items()}
+
+
+def load_onnx_in_openvino(
+    path: str, extension: str = "", precision: str = "f32"
+) -> tuple[Callable[..., list[Tensor]], dict[str, Any]]:
+    """As :func:`load_onnx`, run by OpenVINO.
+
+    Args:
+        path: an ONNX file.
+        extension: a library that :mod:`.openvino_extension` built, for files that need it.
+        precision: what convolutions and matrix products are computed in, ``f32`` or ``bf16``.
+
+    Raises:
+        UserError: the package openvino is missing, or the library is no extension for its version.
+    """
+    require_package("openvino", "running an ONNX file in OpenVINO")
+    import openvino
+
+    core = openvino.Core()
+    if extension:
+        try:
+            core.add_extension(os.path.abspath(extension))
+        except RuntimeError as error:
+            raise UserError(
+                f"{extension} is no extension for this version of OpenVINO; build it anew with "
+                f"python -m ddetr_d2.export.openvino_extension ({str(error).splitlines()[-1]})"
+            ) from error
+    settings = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    model = core.read_model(path)
+    compiled = core.compile_model(model, "CPU", settings)
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        outputs = compiled([tensor.cpu().numpy() for tensor in inputs])
+        return [torch.from_numpy(output) for output in outputs.values()]
+
+    metadata = model.get_rt_info("framework").astype(dict) if model.has_rt_info("framework") else {}
+    return run, {key: json.loads(value.astype(str)) for key, value in metadata.items()}
 
 
 def load_torchscript(path: str) -> tuple[Callable[..., list[Tensor]], dict[str, Any]]:
