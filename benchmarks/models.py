@@ -132,15 +132,18 @@ def prepare_ours(
 
     The result is scores (N, Q, K) and boxes (N, Q, 4), relative (cx, cy, w, h), of all queries.
     """
-    model = prepare_for_inference(read_ours(folder, device).build())
+    # On a GPU by autocast, which has float16 as well.
+    own = dtype if device == "cpu" and dtype != torch.float16 else torch.float32
+    model = prepare_for_inference(read_ours(folder, device).build(), own)
+    mixed = dtype if own == torch.float32 else torch.float32
     inputs = [{"image": image} for image in make_images(batch, size, device)]
 
     def run() -> list[dict]:
-        with torch.inference_mode(), autocast(device, dtype):
+        with torch.inference_mode(), autocast(device, mixed):
             return model(inputs)
 
     def result() -> list[Tensor]:
-        with torch.inference_mode(), autocast(device, dtype):
+        with torch.inference_mode(), autocast(device, mixed):
             layers, _ = model.predict(model.preprocess_image(inputs).tensor, None)
         return [layers[-1].logits.sigmoid(), layers[-1].boxes]
 
