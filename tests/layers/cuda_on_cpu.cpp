@@ -76,11 +76,12 @@ void run(const Case& c, const CudaCall& call, const Levels& levels, std::ifstrea
   for (const bool in_order : {false, true}) {
     Array<acc_t> grad_value(values, 0);
     Array<location_t> grad_locations(2 * samples), grad_weights(samples);
-    cuda_on_cpu::launch(blocks(call.batch * c.heads * (in_order ? c.levels : c.queries)), c.threads,
-                        ddetr_d2::backward_kernel<scalar_t, acc_t, location_t, kVector>, call,
-                        levels, in_order, grad_output.at.get(), value.at.get(), locations.at.get(),
-                        weights.at.get(), grad_value.at.get(), grad_locations.at.get(),
-                        grad_weights.at.get());
+    cuda_on_cpu::launch(
+        blocks(call.batch * c.heads * (in_order ? c.levels : c.queries)), c.threads,
+        in_order ? ddetr_d2::backward_kernel<scalar_t, acc_t, location_t, kVector, true>
+                 : ddetr_d2::backward_kernel<scalar_t, acc_t, location_t, kVector, false>,
+        call, levels, grad_output.at.get(), value.at.get(), locations.at.get(), weights.at.get(),
+        grad_value.at.get(), grad_locations.at.get(), grad_weights.at.get());
     grad_value.write(out);
     grad_locations.write(out);
     grad_weights.write(out);

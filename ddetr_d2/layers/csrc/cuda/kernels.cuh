@@ -296,8 +296,9 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks)
       for (int distance = shared_by / 2; distance > 0; distance /= 2) {
         total += __shfl_xor_sync(warp, total, distance);
       }
+      const acc_t factor = all > 0 ? 1 / total : acc_t(0);
 #pragma unroll
-      for (int v = 0; v < kVector; ++v) sum[v] = all > 0 ? sum[v] / total : acc_t(0);
+      for (int v = 0; v < kVector; ++v) sum[v] *= factor;
     }
     if (active && part == 0) write(sum, output + item * call.channels + c);
   }
@@ -323,13 +324,13 @@ __device__ __forceinline__ void atomic_add(acc_t* to, const acc_t (&amount)[kVec
   }
 }
 
-// A work item is a head of a query, with all levels; or, where `in_order` is set, one level of a
+// A work item is a head of a query, with all levels; or, where `kInOrder` is set, one level of a
 // head of an image with all queries: then each number of grad_value is summed by one thread in the
 // order of the queries. All threads of a warp go through the loops in step, those of a group beyond
 // the last item without reading values or writing, so that shuffles always have the whole warp.
-template <typename scalar_t, typename acc_t, typename location_t, int kVector>
+template <typename scalar_t, typename acc_t, typename location_t, int kVector, bool kInOrder>
 __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
-    backward_kernel(const CudaCall call, const Levels levels, const bool in_order,
+    backward_kernel(const CudaCall call, const Levels levels,
                     const scalar_t* __restrict__ grad_output, const scalar_t* __restrict__ value,
                     const location_t* __restrict__ locations,
                     const location_t* __restrict__ weights, acc_t* __restrict__ grad_value,
@@ -340,7 +341,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
   const int my_group = threadIdx.x % 32 / call.group;
   const int64_t groups = static_cast<int64_t>(gridDim.x) * blockDim.x / call.group;
   const int64_t items =
-      call.batch * call.heads * (in_order ? call.levels : static_cast<int64_t>(call.queries));
+      call.batch * call.heads * (kInOrder ? call.levels : static_cast<int64_t>(call.queries));
   for (int64_t first_item =
            (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x / 32 * 32) / call.group;
        first_item < items; first_item += groups) {
@@ -348,20 +349,21 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
     const int64_t item = exists ? first_item + my_group : items - 1;
     const int head = item % call.heads;
     const int64_t outer = item / call.heads;  // image and query, or image and level
-    const int64_t image = outer / (in_order ? call.levels : call.queries);
-    const int first_level = in_order ? outer % call.levels : 0;
-    const int last_level = in_order ? first_level + 1 : call.levels;
-    const int64_t first_row = in_order ? image * call.queries : outer;
-    const int rows = in_order ? call.queries : 1;
+    const int64_t image = outer / (kInOrder ? call.levels : call.queries);
+    const int first_level = kInOrder ? outer % call.levels : 0;
+    const int last_level = kInOrder ? first_level + 1 : call.levels;
+    const int64_t first_row = kInOrder ? image * call.queries : outer;
+    const int rows = kInOrder ? call.queries : 1;
     const int samples = (last_level - first_level) * call.points;
     const int64_t base = (image * call.tokens * call.heads + head) * call.channels;
+    const scalar_t* pixels = value + base;
+    acc_t* grad_pixels = grad_value + base;
     for (int row = 0; row < rows; ++row) {
       const int64_t row_head = (first_row + row) * call.heads + head;
       const scalar_t* row_grad = grad_output + row_head * call.channels;
-      Pack<scalar_t, kVector> first_grad{};  // all that there is, if the group covers the channels
-      if (lane * kVector < call.channels) {
-        first_grad = *reinterpret_cast<const Pack<scalar_t, kVector>*>(row_grad + lane * kVector);
-      }
+      Numbers<scalar_t, kVector> first_grad;  // all that there is, if the group covers the channels
+      first_grad.set_zero();
+      if (lane * kVector < call.channels) first_grad.read(row_grad + lane * kVector);
       const int64_t row_sample = row_head * call.levels * call.points + first_level * call.points;
       // As many samples at a time as the group has threads: each finds the corners of one, all
       // together go through the pixels, and each writes the gradients of one.
@@ -391,15 +393,13 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
             offset[corner] = __shfl_sync(warp, my_offset[corner], s, call.group);
           }
           for (int c = lane * kVector; c < call.channels; c += call.group * kVector) {
-            const auto grad = c < call.group * kVector
-                                  ? first_grad
-                                  : *reinterpret_cast<const Pack<scalar_t, kVector>*>(row_grad + c);
-            Pack<scalar_t, kVector> pixel[4];  // all read before the first is used
+            Numbers<scalar_t, kVector> grad = first_grad;
+            if (c >= call.group * kVector) grad.read(row_grad + c);
+            Numbers<scalar_t, kVector> pixel[4];  // all read before the first is used
 #pragma unroll
             for (int corner = 0; corner < 4; ++corner) {
-              if (offset[corner] < 0) continue;
-              pixel[corner] = *reinterpret_cast<const Pack<scalar_t, kVector>*>(value + base +
-                                                                                offset[corner] + c);
+              pixel[corner].set_zero();
+              if (offset[corner] >= 0) pixel[corner].read(pixels + (offset[corner] + c));
             }
 #pragma unroll
             for (int corner = 0; corner < 4; ++corner) {
@@ -408,11 +408,11 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
               acc_t amount[kVector];
 #pragma unroll
               for (int v = 0; v < kVector; ++v) {
-                const acc_t g = static_cast<acc_t>(grad.at[v]);
-                sum[corner] += g * static_cast<acc_t>(pixel[corner].at[v]);
+                const acc_t g = grad.template at<acc_t>(v);
+                sum[corner] += g * pixel[corner].template at<acc_t>(v);
                 amount[v] = share * g;
               }
-              atomic_add(grad_value + base + offset[corner] + c, amount);
+              atomic_add(grad_pixels + (offset[corner] + c), amount);
             }
           }
           for (int distance = call.group / 2; distance > 0; distance /= 2) {

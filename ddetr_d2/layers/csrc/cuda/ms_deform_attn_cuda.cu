@@ -197,12 +197,15 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward_cuda(
       using scalar_t = decltype(scalar);
       using acc_t = decltype(acc);
       using location_t = decltype(location);
-      backward_kernel<scalar_t, acc_t, location_t, decltype(vector)::value>
-          <<<backward_blocks(items, inputs.call.group, kThreads), kThreads, 0, inputs.stream>>>(
-              inputs.call, inputs.levels, deterministic, data<scalar_t>(grad_outputs),
-              data<scalar_t>(inputs.value), data<location_t>(inputs.locations),
-              data<location_t>(inputs.weights), mutable_data<acc_t>(grad_value),
-              mutable_data<location_t>(grad_locations), mutable_data<location_t>(grad_weights));
+      constexpr int kVector = decltype(vector)::value;
+      const auto kernel = deterministic
+                              ? backward_kernel<scalar_t, acc_t, location_t, kVector, true>
+                              : backward_kernel<scalar_t, acc_t, location_t, kVector, false>;
+      kernel<<<backward_blocks(items, inputs.call.group, kThreads), kThreads, 0, inputs.stream>>>(
+          inputs.call, inputs.levels, data<scalar_t>(grad_outputs), data<scalar_t>(inputs.value),
+          data<location_t>(inputs.locations), data<location_t>(inputs.weights),
+          mutable_data<acc_t>(grad_value), mutable_data<location_t>(grad_locations),
+          mutable_data<location_t>(grad_weights));
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
   }
