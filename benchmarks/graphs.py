@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
-
 from ddetr_d2.errors import UserError
+
+import torch
 
 WARM_UP_CALLS = 3
 T = TypeVar("T")
