@@ -86,13 +86,12 @@ step() {
 if [[ $dry ]]; then
     out=$(realpath -m "${OUT:-output/check_gpu}")
     device=cpu turns=1
-    small='--quick --sizes 64x96 --dtype float32 bfloat16'
-    operator=$small model=$small training=$small
+    types='float32 bfloat16'
+    size=64x96 model='--quick --sizes 64x96' training='--quick --sizes 64x96'
 else
     device=cuda turns=3
-    operator='--sizes 800x1333'
-    model='--sizes 800x1066'
-    training='--sizes 800x1066 --dtype float32 float16'
+    types='float32 bfloat16 float16'
+    size=800x1333 model='--sizes 800x1066' training='--sizes 800x1066 --dtype float32 float16'
 fi
 pytest="$python -m pytest -q -p no:cacheprovider -m gpu tests/layers"
 bench="$python -m benchmarks"
@@ -109,19 +108,25 @@ step imports 60 "$python" -c 'import cv2, ddetr_d2, pycocotools, transformers'
 grep -q ModuleNotFoundError "$logs/imports.log" &&
     echo '    where there is a network, tools/check_gpu.sh --fetch gets what is missing'
 step build 180 "$python" setup.py build_ext --inplace
-step tests 120 $pytest
-step operator 150 $bench operator $few $operator --json "$logs/operator.json"
-step model 110 $bench model $few $model --json "$logs/model.json"
-step training 90 $bench training $few $training --json "$logs/training.json"
-# Under it a program takes many times as long: the cases that have all kernels, once.
+step tests 150 $pytest
+# Under it a program takes many times as long: all kernels, with few cases.
 if command -v compute-sanitizer > /dev/null; then
-    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    sanitizer='compute-sanitizer --error-exitcode 9'
-    step memcheck 90 $sanitizer --tool memcheck $pytest -k follows_the_reference
-    step racecheck 60 $sanitizer --tool racecheck $pytest -k follows_the_reference
+    sanitizer='env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9'
+    step memcheck 75 $sanitizer --tool memcheck $pytest -k follows_the_reference
+    step racecheck 45 $sanitizer --tool racecheck $pytest -k follows_the_reference
 else
     printf 'memcheck\tleft out: no compute-sanitizer\t0\n' >> "$logs/steps.tsv"
 fi
+# A process for each type: what goes wrong in one leaves the others alone. The first one measures
+# the host's time as well.
+only=
+for type in $types; do
+    step "operator_$type" 80 $bench operator $few --sizes $size --dtype $type $only \
+        --json "$logs/operator_$type.json"
+    only="--only $size"
+done
+step model 110 $bench model $few $model --json "$logs/model.json"
+step training 90 $bench training $few $training --json "$logs/training.json"
 "$python" -m benchmarks.gpu_report "$logs" --to "$out"
 tail -n +1 "$logs"/*.log | sed 's/.*\r//' > "$out/check_gpu.log"
 echo "logs: $out/check_gpu.log; $((SECONDS - start)) s in all"
