@@ -4,7 +4,15 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from ddetr_d2.export import LOADERS, WRITERS, ExportableDetector, compare, example_inputs
+from ddetr_d2.export import (
+    LOADERS,
+    WRITERS,
+    ExportableDetector,
+    compare,
+    example_inputs,
+    openvino_extension,
+)
+from ddetr_d2.export.verify import load_onnx_in_openvino
 from ddetr_d2.modeling import SetDetector, prepare_for_inference
 
 import torch
@@ -18,7 +26,7 @@ Form = Callable[..., Sequence[Tensor]]
 
 
 def _write(model: SetDetector, folder: str, format: str, sampling: str) -> str:
-    path = f"{folder}/{format}.pt2"
+    path = f"{folder}/{format}_{sampling}.pt2"
     if not os.path.exists(path):
         WRITERS[format](ExportableDetector(model, sampling=sampling), path, {})
     return path
@@ -29,20 +37,20 @@ def _onnxruntime(model: SetDetector, folder: str) -> Form:
 
 
 def _openvino(model: SetDetector, folder: str, precision: str) -> Form:
-    import openvino
+    import openvino  # noqa: F401  where it is missing, this form is left out
 
     path = _write(model, folder, "onnx", "grid_sample")
-    settings = {
-        "INFERENCE_PRECISION_HINT": precision,
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    compiled = openvino.Core().compile_model(path, "CPU", settings)
+    return load_onnx_in_openvino(path, precision=precision)[0]
 
-    def run(*inputs: Tensor) -> list[Tensor]:
-        return [torch.from_numpy(x) for x in compiled([x.numpy() for x in inputs]).values()]
 
-    return run
+def _openvino_with_extension(model: SetDetector, folder: str, precision: str) -> Form:
+    import openvino  # noqa: F401
+
+    extension = f"{folder}/extension.so"
+    if not os.path.exists(extension):
+        openvino_extension.build(extension)
+    path = _write(model, folder, "onnx", "extension")
+    return load_onnx_in_openvino(path, extension, precision)[0]
 
 
 def _torchscript(model: SetDetector, folder: str) -> Form:
@@ -58,7 +66,9 @@ def _compiled(model: SetDetector, folder: str) -> Form:
 FORMS: dict[str, Callable[[SetDetector, str], Form]] = {
     "onnxruntime": _onnxruntime,
     "OpenVINO": partial(_openvino, precision="f32"),
+    "OpenVINO, extension": partial(_openvino_with_extension, precision="f32"),
     "OpenVINO, bfloat16": partial(_openvino, precision="bf16"),
+    "OpenVINO, extension, bfloat16": partial(_openvino_with_extension, precision="bf16"),
     "TorchScript": _torchscript,
     "torch.export, compiled": _compiled,
 }
@@ -99,11 +109,11 @@ def cases(folder: str, sizes: Sequence[tuple[int, int]], quick: bool):
     Args:
         folder: of the model.
         sizes: height and width of images.
-        quick: leave out what is compiled for a minute.
+        quick: leave out what a compiler works at for a minute.
     """
     for size in sizes:
         make: dict[str, Callable[[], Prepared]] = {OURS: partial(prepare_model, folder, size)}
         for name in FORMS:
-            if not (quick and "compiled" in name):
+            if not (quick and ("compiled" in name or "extension" in name)):
                 make[name] = partial(prepare_form, folder, size, name)
         yield Case(f"{size[0]}x{size[1]}", make, seconds=14 * size[0] * size[1] / 852800)
