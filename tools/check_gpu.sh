@@ -18,15 +18,18 @@ limit_in_all=${SECONDS_IN_ALL:-580}
 export OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1
 
 # What a machine with PyTorch, transformers and the usual libraries for tests may still lack, of
-# requirements.txt. Wheels of msda-triton or deformops may be added by hand: they are not on PyPI.
-missing='antlr4-python3-runtime fonttools fvcore iopath msgspec omegaconf portalocker pycocotools tabulate termcolor yacs'
+# requirements.txt and requirements-build.txt; and deformops to compare with. msda-triton's wheel may
+# be added: it is not on PyPI.
+missing='antlr4-python3-runtime fonttools fvcore iopath msgspec omegaconf portalocker pycocotools setuptools tabulate
+    termcolor yacs deformops==3.0.1'
 
 fetch() {
     mkdir -p "$wheels"
     local name requirement platforms='' options='-q --disable-pip-version-check --no-deps'
     for n in 28 27 17; do platforms+=" --platform manylinux_2_${n}_x86_64"; done
     for name in $missing; do
-        requirement=$(grep -i "^$name==" requirements.txt | cut -d' ' -f1)
+        requirement=$(grep -hi "^$name==" requirements.txt requirements-build.txt | cut -d' ' -f1)
+        requirement=${requirement:-$name}
         "$python" -m pip download $options --only-binary=:all: --python-version 3.12 --implementation cp \
             $platforms --platform manylinux2014_x86_64 -d "$wheels" "$requirement" 2> /dev/null ||
             "$python" -m pip wheel $options --no-build-isolation -w "$wheels" "$requirement" || return 1
