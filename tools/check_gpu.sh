@@ -18,7 +18,7 @@ limit_in_all=${SECONDS_IN_ALL:-580}
 export OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1
 
 # What a machine with PyTorch, transformers and the usual libraries for tests may still lack, of
-# requirements.txt and requirements-build.txt; and deformops to compare with. msda-triton's wheel may
+# requirements.txt; and deformops to compare with. msda-triton's wheel may
 # be added: it is not on PyPI.
 missing='antlr4-python3-runtime fonttools fvcore iopath msgspec omegaconf portalocker pycocotools setuptools tabulate
     termcolor yacs deformops==3.0.1'
@@ -28,7 +28,7 @@ fetch() {
     local name requirement platforms='' options='-q --disable-pip-version-check --no-deps'
     for n in 28 27 17; do platforms+=" --platform manylinux_2_${n}_x86_64"; done
     for name in $missing; do
-        requirement=$(grep -hi "^$name==" requirements.txt requirements-build.txt | cut -d' ' -f1)
+        requirement=$(grep -i "^$name==" requirements.txt | cut -d' ' -f1)
         requirement=${requirement:-$name}
         "$python" -m pip download $options --only-binary=:all: --python-version 3.12 --implementation cp \
             $platforms --platform manylinux2014_x86_64 -d "$wheels" "$requirement" 2> /dev/null ||
