@@ -12,6 +12,7 @@ from ddetr_d2.modeling.packed import FeedForwardInPieces
 
 import pytest
 import torch
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
 from torch import nn
 
 from ..conftest import MEMBERS, TINY
@@ -143,6 +144,19 @@ def test_prepared_models_can_be_copied_and_pickled():
         for other in (copy.deepcopy(prepared), pickle.loads(pickle.dumps(prepared))):
             for got, wanted in zip(raw(other, batch), expected, strict=True):
                 assert torch.equal(got, wanted)
+
+
+def test_residual_blocks_leave_what_others_read():
+    """The output of the stem is a feature, and the input of a block without shortcut."""
+    names = ["stem", "res2"]
+    blocks = ResNet.make_stage(BasicBlock, 2, in_channels=8, out_channels=8, norm="FrozenBN")
+    backbone = ResNet(BasicStem(3, 8, norm="FrozenBN"), [blocks], out_features=names)
+    backbone = randomize(backbone)
+    images = torch.rand(2, 3, 64, 96)
+    with torch.inference_mode():
+        got, expected = prepare_for_inference(backbone)(images), backbone(images)
+    for name in names:
+        torch.testing.assert_close(got[name], expected[name], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 7, 8, 30])
