@@ -30,7 +30,7 @@ install() { # folder, Python, requirements of torch and torchvision
     grep -vE '^(torch|torchvision|triton|nvidia-.*|cuda-.*)==' requirements.txt > "$others"
     "$uv" pip install -q --python "$python" -r requirements-build.txt
     "$uv" pip install -q --python "$python" --no-build-isolation -r "$others" "${@:3}"
-    "$python" third_party/detectron2/install.py > "$1/detectron2.log"
+    "$python" third_party/detectron2/install.py > "$1/detectron2.log" 2>&1
     touch "$1/installed"
 }
 

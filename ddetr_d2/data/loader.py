@@ -14,7 +14,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +213,7 @@ class TrainLoader:
         self.unreadable.load_state_dict(state["unreadable"])
         self.start_from(state["step"])
 
-    def __iter__(self) -> Iterator[list[list[Record]]]:
+    def __iter__(self) -> Generator[list[list[Record]], None, None]:
         """
         Raises:
             UserError: nothing can be read in the place of an unreadable image, or a worker died.

@@ -130,7 +130,9 @@ class Heartbeat:
     def __init__(
         self, store: dist.Store, rank: int, world_size: int, step_limit: float = STEP_LIMIT
     ) -> None:
-        self._store = dist.PrefixStore("heartbeat", store.clone())
+        # PyTorch's stubs lack it.
+        own = store.clone()  # type: ignore[attr-defined]
+        self._store = dist.PrefixStore("heartbeat", own)
         self._rank = rank
         self._world_size = world_size
         self._interval = min(2.0, step_limit / 10)
@@ -140,7 +142,9 @@ class Heartbeat:
             "while a file was written ", max(step_limit, WRITING_LIMIT), WRITING_LIMIT
         )
         self._work = _Work("", step_limit, SILENCE_LIMIT)
-        self._main_thread = threading.main_thread().ident
+        main_thread = threading.main_thread().ident
+        assert main_thread is not None  # it has been started
+        self._main_thread = main_thread
         self._beats = 0  # how far the main thread is
         self._rounds = 0  # of the watching thread
         self._rounds_since_progress = 0
@@ -314,7 +318,7 @@ class Heartbeat:
             return
         if hanging and self._rank in hanging:
             print(f"rank {self._rank} stands at:", file=sys.stderr)
-            traceback.print_stack(sys._current_frames()[threading.main_thread().ident])
+            traceback.print_stack(sys._current_frames()[self._main_thread])
             sys.stderr.flush()
         with contextlib.suppress(RuntimeError):
             if hanging and self._store.add("reported", 1) > 1:

@@ -257,7 +257,7 @@ def _wait_for(processes: list[BaseProcess], layout: Layout, failures: dist.Store
         if number != signal.SIGUSR1 and (not received or now - received[-1] > SAME_SIGNAL_SECONDS):
             received.append(now)
         for process in processes:
-            if process.is_alive():
+            if process.pid is not None and process.is_alive():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid, number)
 
@@ -271,9 +271,11 @@ def _wait_for(processes: list[BaseProcess], layout: Layout, failures: dist.Store
     try:
         while alive:
             # Half a second, for a signal does not end the waiting.
-            for sentinel in multiprocessing.connection.wait([*alive], 0.5):
+            ended = multiprocessing.connection.wait([*alive], 0.5)
+            for sentinel in [sentinel for sentinel in alive if sentinel in ended]:
                 process = alive.pop(sentinel)
                 process.join()
+                assert process.exitcode is not None  # after join
                 if process.exitcode in (0, EXIT_RESUME):
                     code = code or process.exitcode
                     kill_at = min(kill_at, time.monotonic() + ORDERLY_GRACE)

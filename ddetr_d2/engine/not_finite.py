@@ -152,7 +152,7 @@ def find_bad_module(step: TrainingStep, micro_batches: Sequence[Batch]) -> BadPl
             if not _is_finite(loss):
                 return BadPlace(2, number, f"the loss {name}")
         model.zero_grad()
-        sum(losses.values()).backward()
+        torch.stack([*losses.values()]).sum().backward()
     finally:
         for handle in handles:
             handle.remove()

@@ -16,11 +16,6 @@ from ..checkpoint.run_folder import PERIODIC
 from ..checkpoint.whole_files import PARTIAL, cannot_be_written, remove_partial_files
 from ..errors import UserError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 _LOCK = ".lock"
 # What Detectron2's writers put into metrics.json, log.txt and TensorBoard's file per iteration.
 _LOG_BYTES = 150
@@ -63,7 +58,9 @@ def output_folder(folder: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _lock(folder: str) -> Iterator[None]:
     log = logging.getLogger(__name__)
-    if fcntl is None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
         log.warning("This system has no locks of files: keep two runs out of one OUTPUT_DIR.")
         yield
         return

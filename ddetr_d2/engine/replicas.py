@@ -5,10 +5,13 @@ from detectron2.config import CfgNode
 from detectron2.engine import create_ddp_model
 from detectron2.utils import comm
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..modeling import SetDetector
 
-def distributed(model: nn.Module) -> nn.Module:
+
+def distributed(model: SetDetector) -> SetDetector | DistributedDataParallel:
     """The model in data parallelism, if there are several processes."""
     batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     device = next(model.parameters()).device

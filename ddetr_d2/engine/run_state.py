@@ -26,7 +26,9 @@ class RunStorage(EventStorage):
 
     def __init__(self, start_iter: int = 0):
         super().__init__(start_iter)
-        self._history = defaultdict(functools.partial(HistoryBuffer, max_length=1000))
+        self._history: defaultdict[str, HistoryBuffer] = defaultdict(
+            functools.partial(HistoryBuffer, max_length=1000)
+        )
 
 
 def torch_random_state() -> dict[str, Any]:

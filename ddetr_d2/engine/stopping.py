@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from types import FrameType
+from typing import Any
 
 import torch
 from detectron2.utils import comm
@@ -55,7 +56,7 @@ class StopRequest:
         self._max_hours = max_hours
         self._signal = 0
         self._first_signal_time: float | None = None
-        self._previous: dict[signal.Signals, object] = {}
+        self._previous: dict[signal.Signals, Any] = {}  # handlers
         self._group: dist.ProcessGroup | None = None
         self.reason = ""
 

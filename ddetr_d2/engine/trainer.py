@@ -329,7 +329,7 @@ class Trainer(DefaultTrainer):
         return os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
 
     @staticmethod
-    def build_checkpointer(cfg: CfgNode, model: nn.Module, **kwargs) -> DetrCheckpointer:
+    def build_checkpointer(cfg: CfgNode, model: nn.Module, **kwargs: Any) -> DetrCheckpointer:
         """Checkpointer in OUTPUT_DIR that writes the names of the model's classes and ``cfg``."""
         classes = None
         for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)[:1]:

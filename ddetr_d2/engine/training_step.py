@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from ..modeling import SetDetector
 from ..modeling.classification import BatchCounts
 from . import heartbeat
 
@@ -43,7 +44,7 @@ class TrainingStep:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: SetDetector | DistributedDataParallel,
         optimizer: torch.optim.Optimizer,
         clip: Callable[[Iterable[nn.Parameter]], Tensor],
         *,
@@ -179,6 +180,6 @@ def average_counts(
     return BatchCounts(*(counts / comm.get_world_size()).unbind())
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: SetDetector | DistributedDataParallel) -> SetDetector:
     """The model itself, out of a :class:`DistributedDataParallel`."""
     return model.module if isinstance(model, DistributedDataParallel) else model

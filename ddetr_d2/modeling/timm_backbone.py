@@ -1,9 +1,10 @@
 """Backbones of timm: any of its models that gives feature maps."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import log2
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -16,10 +17,15 @@ from ..errors import UserError, nearest
 # What stands before timm's own names in the state of a detector.
 STATE_PREFIX = "backbone.features.model."
 # What makes models for images of one size take images of any size, by their family.
-_ANY_SIZE = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
+_ANY_SIZE: tuple[dict[str, bool], ...] = (
+    {"dynamic_img_size": True},
+    {"strict_img_size": False},
+    {},
+)
 
 
-class Stage(NamedTuple):
+@dataclass(frozen=True)
+class Stage:
     """A feature map that a model gives.
 
     Attributes:
@@ -125,7 +131,7 @@ class TimmBackbone(Backbone):
         """Leave the first stages as they are; modules are registered in the order of their use."""
         if freeze_at < 1:
             return
-        model = self.features.model
+        model = self.features.get_submodule("model")
         names = [name for name, _ in model.named_modules()]
         if stages[0].module not in names:
             raise UserError(
@@ -240,7 +246,8 @@ def _plan(
                     "without DC5 (MODEL.RESNETS.RES5_DILATION 1), or another model."
                 ) from error
             raise UserError(f"MODEL.TIMM.NAME {name} gives no feature maps ({error}).") from error
-    info = features.model.feature_info
+    model: Any = features.get_submodule("model")
+    info = model.feature_info
     info = info.info if hasattr(info, "info") else info
     stages: list[Stage] = []
     for index, entry in enumerate(info):
