@@ -52,17 +52,17 @@ def feed_forward(
     """
     p = p if training else 0.0
     weight, bias = linear1.weight, linear1.bias
+    autocast = torch.is_autocast_enabled("cpu") and x.dtype in (torch.float32, torch.bfloat16)
+    dtype = torch.get_autocast_dtype("cpu") if autocast else weight.dtype
     if (
         type(linear1) is type(linear2) is nn.Linear
         and bias is not None
         and linear2.bias is not None
         and torch.is_grad_enabled()
         and (x.requires_grad or weight.requires_grad)
-        and x.dtype == weight.dtype
+        and (x.dtype in (dtype, weight.dtype))
         and _is_worth_it(x)
     ):
-        autocast = x.dtype == torch.float32 and torch.is_autocast_enabled("cpu")
-        dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
         with torch.autocast("cpu", enabled=False):
             return _FeedForward.apply(x, weight, bias, linear2.weight, linear2.bias, p, dtype)
     hidden = dropout(linear1(x).relu_(), p, training)

@@ -17,10 +17,11 @@
 namespace ddetr_d2 {
 namespace {
 
-// Random numbers are made in blocks: four of each of kLanes generators side by side.
-constexpr int64_t kLanes = 16, kBlock = 4 * kLanes;
+// Random words are made in blocks: four of each of kLanes generators side by side. Each half of a
+// word decides about an element.
+constexpr int64_t kLanes = 16, kWords = 4 * kLanes, kBlock = 2 * kWords;
 // Blocks below which one more thread costs more than it saves.
-constexpr int64_t kBlocksPerTask = 256;
+constexpr int64_t kBlocksPerTask = 128;
 
 // Compiled for several kinds of processors, of which the right one is chosen when the library is
 // loaded.
@@ -34,7 +35,7 @@ constexpr int64_t kBlocksPerTask = 256;
 // Philox4x32 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011), with seven
 // rounds, which pass the tests of BigCrush there.
 __attribute__((always_inline)) inline void random_block(int64_t block, uint64_t seed,
-                                                        uint32_t (&to)[kBlock]) {
+                                                        uint32_t (&to)[kWords]) {
   uint32_t *a = to, *b = to + kLanes, *c = to + 2 * kLanes, *d = to + 3 * kLanes;
   for (int64_t i = 0; i < kLanes; ++i) {
     const uint64_t counter = static_cast<uint64_t>(block * kLanes + i);
@@ -73,19 +74,22 @@ __attribute__((always_inline)) inline void drop(const Dropout& call, int64_t beg
   const auto* residual = static_cast<const output_t*>(call.residual);
   auto* output = static_cast<output_t*>(call.output);
   const double keep = 1 - call.probability;
-  const auto limit = static_cast<uint64_t>(std::ldexp(keep, 32));
+  const auto limit = static_cast<uint32_t>(std::lround(std::ldexp(keep, 16)));
   const real scale = keep > 0 ? static_cast<real>(1 / keep) : 0;
   const real least = call.relu ? real{0} : -std::numeric_limits<real>::infinity();
-  uint32_t random[kBlock] = {};
+  uint32_t random[kWords] = {};
   for (int64_t block = begin; block < end; ++block) {
     if (keep < 1) random_block(block, call.seed, random);
-    const int64_t first = block * kBlock, count = std::min(kBlock, call.numel - first);
-    for (int64_t i = 0; i < count; ++i) {
-      const auto number = static_cast<real>(input[first + i]);
-      real kept = number < least ? least : number;  // NaN stays
-      kept = random[i] < limit ? kept * scale : real{0};
-      if (residual != nullptr) kept += static_cast<real>(residual[first + i]);
-      output[first + i] = static_cast<output_t>(kept);
+    for (int half = 0; half < 2; ++half) {
+      const int64_t first = block * kBlock + half * kWords;
+      const int64_t count = std::min(kWords, call.numel - first);
+      for (int64_t i = 0; i < count; ++i) {
+        const auto number = static_cast<real>(input[first + i]);
+        real kept = number < least ? least : number;  // NaN stays
+        kept = (random[i] >> 16 * half & 0xffff) < limit ? kept * scale : real{0};
+        if (residual != nullptr) kept += static_cast<real>(residual[first + i]);
+        output[first + i] = static_cast<output_t>(kept);
+      }
     }
   }
 }
