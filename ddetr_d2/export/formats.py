@@ -171,18 +171,18 @@ class _MaxPoolingOfAnySize(TorchFunctionMode):
 
 def _max_pool2d(
     x: Tensor,
-    kernel_size: int | tuple[int, int],
-    stride: int | tuple[int, int],
-    padding: int | tuple[int, int] = 0,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
     dilation: int = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Tensor:
-    """``F.max_pool2d``, which is called for anything but plain square windows."""
-    if not (isinstance(kernel_size, int) and isinstance(stride, int) and isinstance(padding, int)):
-        return F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    if dilation != 1 or ceil_mode or return_indices:
-        return F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    """``F.max_pool2d``, which is called itself for anything but plain square windows."""
+    lengths = kernel_size, stride, padding
+    if dilation != 1 or ceil_mode or return_indices or not all(type(x) is int for x in lengths):
+        usual: Any = F.max_pool2d
+        return usual(x, *lengths, dilation, ceil_mode, return_indices)
     x = F.pad(x, (padding,) * 4, value=-math.inf)
     for axis in (2, 3):
         x = x.unfold(axis, kernel_size, stride).amax(-1)

@@ -133,7 +133,7 @@ class _MSDeformAttnNode(torch.autograd.Function):
     """What :func:`torch.onnx.export` asks for the node to write."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor
     ) -> Tensor:
         sizes = shapes.tolist()
