@@ -25,17 +25,16 @@ def linear(x: Tensor, layer: nn.Linear) -> Tensor:
 
     The layer itself is called where that is as fast, or where it has been replaced by another.
     """
-    weight, bias = layer.weight, layer.bias
     if (
         type(layer) is nn.Linear
         and torch.is_grad_enabled()
-        and (x.requires_grad or weight.requires_grad)
-        and x.dtype == weight.dtype == torch.float32
+        and (x.requires_grad or layer.weight.requires_grad)
+        and x.dtype == layer.weight.dtype == torch.float32
         and _is_worth_it(x)
         and not torch.is_autocast_enabled("cpu")
         and _has_onednn()
     ):
-        return _Linear.apply(x, weight, bias)
+        return _Linear.apply(x, layer.weight, layer.bias)
     return layer(x)
 
 
@@ -51,20 +50,22 @@ def feed_forward(
         training: whether there is dropout.
     """
     p = p if training else 0.0
-    weight, bias = linear1.weight, linear1.bias
-    autocast = torch.is_autocast_enabled("cpu") and x.dtype in (torch.float32, torch.bfloat16)
-    dtype = torch.get_autocast_dtype("cpu") if autocast else weight.dtype
+    # Other layers than these may have no weight, or one that takes time to make.
     if (
         type(linear1) is type(linear2) is nn.Linear
-        and bias is not None
+        and linear1.bias is not None
         and linear2.bias is not None
         and torch.is_grad_enabled()
-        and (x.requires_grad or weight.requires_grad)
-        and (x.dtype in (dtype, weight.dtype))
+        and (x.requires_grad or linear1.weight.requires_grad)
         and _is_worth_it(x)
     ):
-        with torch.autocast("cpu", enabled=False):
-            return _FeedForward.apply(x, weight, bias, linear2.weight, linear2.bias, p, dtype)
+        dtype = linear1.weight.dtype
+        if torch.is_autocast_enabled("cpu") and x.dtype in (torch.float32, torch.bfloat16):
+            dtype = torch.get_autocast_dtype("cpu")
+        if x.dtype in (dtype, linear1.weight.dtype):
+            parameters = (linear1.weight, linear1.bias, linear2.weight, linear2.bias)
+            with torch.autocast("cpu", enabled=False):
+                return _FeedForward.apply(x, *parameters, p, dtype)
     hidden = dropout(linear1(x).relu_(), p, training)
     return dropout(linear2(hidden), p, training, residual=x)
 
