@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 INSTALLED := $(VENV)/installed.stamp
 COMPILED := $(VENV)/compiled.stamp
 
-REQUIREMENTS := requirements-build.txt requirements.txt requirements-detectron2.txt
+REQUIREMENTS := requirements-build.txt requirements.txt requirements-sahi.txt requirements-detectron2.txt
 DETECTRON2 := third_party/detectron2/install.py
 CSRC := $(sort $(shell find ddetr_d2/layers/csrc -type f 2>/dev/null))
 
@@ -86,6 +86,7 @@ $(INSTALLED): $(REQUIREMENTS) $(DETECTRON2)
 	@echo 'Installing torch, Detectron2 and what they need into $(VENV): some minutes, about 6 GB'
 	$(PIP) install -q -r requirements-build.txt
 	$(PIP) install --no-build-isolation --no-warn-conflicts -r requirements.txt
+	$(PIP) install -q --no-deps -r requirements-sahi.txt
 	$(PY) $(DETECTRON2)
 	@touch $@
 
