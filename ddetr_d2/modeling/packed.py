@@ -8,6 +8,7 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, Bottlenec
 from torch import Tensor, nn
 
 from ..layers.onednn import PackedConv2d, PackedLinear, can_pack
+from .frozen_norm import FrozenNormConv2d
 from .transformer import FeedForward
 
 
@@ -54,7 +55,7 @@ def _packed(module: nn.Module, only_reader: bool) -> nn.Module:
 
 def _is_plain(module: Any) -> bool:
     """Whether a module is a convolution alone, which oneDNN takes."""
-    if type(module) is Conv2d:  # Detectron2's
+    if type(module) in (Conv2d, FrozenNormConv2d):  # Detectron2's
         return module.norm is None and module.activation is None and can_pack(module)
     return type(module) is nn.Conv2d and can_pack(module)
 
