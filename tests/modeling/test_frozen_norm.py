@@ -1,11 +1,16 @@
 """Convolutions whose weights frozen batch normalisation scales."""
 
+from ddetr_d2.engine import setup_cfg
+from ddetr_d2.modeling import prepare_for_inference
 from ddetr_d2.modeling.frozen_norm import FrozenNormConv2d, scale_weights_by_frozen_norms
 
 import pytest
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.modeling import build_model
 from torch import nn
+
+from ..conftest import ROOT, TINY
 
 
 def make(bias=False, activation=None):
@@ -37,3 +42,15 @@ def test_norm_that_learns_is_left_alone():
     before = list(model)
     scale_weights_by_frozen_norms(model)
     assert list(model) == before
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="there is no oneDNN")
+def test_packed_for_inference():
+    opts = [*TINY, "MODEL.RESNETS.NORM", "FrozenBN", "MODEL.DEFORMABLE_DETR.NUM_CLASSES", "3"]
+    model = build_model(setup_cfg(str(ROOT / "configs" / "deformable_detr.yaml"), opts)).eval()
+    prepared = prepare_for_inference(model).backbone
+    assert not any(isinstance(module, Conv2d) for module in prepared.modules())
+    x = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        expected, got = model.backbone(x)["res5"], prepared(x)["res5"]
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
