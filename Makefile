@@ -67,6 +67,7 @@ soak: $(COMPILED)
 lint: $(INSTALLED)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
+	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.cpp %.cu %.h %.cuh,$(CSRC)) \
 		$(wildcard tests/layers/*.cpp tests/layers/*.h)
 

@@ -125,7 +125,8 @@ class PackedConv2d(_Packed):
     def __init__(self, convolution: nn.Conv2d, relu: bool = False):
         super().__init__(convolution, relu)
         self.stride, self.dilation = list(convolution.stride), list(convolution.dilation)
-        self.padding, self.groups = list(convolution.padding), convolution.groups
+        self.padding = [int(length) for length in convolution.padding]  # can_pack wants no words
+        self.groups = convolution.groups
         self.register_buffer("packed", self._pack(convolution.weight), persistent=False)
 
     def _pack(self, weight: Tensor) -> Tensor:
@@ -146,13 +147,14 @@ class PackedConv2d(_Packed):
         """
         arguments = (self.bias, self.padding, self.stride, self.dilation, self.groups)
         if not self._can_run(x):
-            bias, padding, stride, dilation, groups = arguments
-            output = F.conv2d(x, self.weight, bias, stride, padding, dilation, groups)
+            output = F.conv2d(
+                x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+            )
             return self._complete(output, added)
         ops, relu = torch.ops.mkldnn, self._activation
         if added is None:
             return ops._convolution_pointwise(x, self.packed, *arguments, relu, [], "")
         if not overwrite:
             added = added.clone()  # oneDNN adds to what is there
-        attributes = ("add", None, relu if self.relu else None, [], None)
+        attributes: tuple[Any, ...] = ("add", None, relu if self.relu else None, [], None)
         return ops._convolution_pointwise_.binary(added, x, self.packed, *arguments, *attributes)

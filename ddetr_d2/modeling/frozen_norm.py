@@ -31,10 +31,10 @@ def scale_weights_by_frozen_norms(model: nn.Module) -> None:
             faster = FrozenNormConv2d(
                 module.in_channels,
                 module.out_channels,
-                module.kernel_size,  # type: ignore[arg-type]
-                module.stride,  # type: ignore[arg-type]
-                module.padding,  # type: ignore[arg-type]
-                module.dilation,  # type: ignore[arg-type]
+                module.kernel_size,
+                module.stride,
+                module.padding,
+                module.dilation,
                 module.groups,
                 bias=module.bias is not None,
                 padding_mode=module.padding_mode,

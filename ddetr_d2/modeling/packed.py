@@ -1,6 +1,6 @@
 """Parts of a model that run by oneDNN on a CPU, in place of those that it was trained with."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from detectron2.layers import Conv2d
@@ -39,21 +39,20 @@ def _packed(module: nn.Module, only_reader: bool) -> nn.Module:
         module: part of a model.
         only_reader: whether nothing else reads its input.
     """
-    kind = type(module)
-    if kind is FeedForward and can_pack(module.linear1) and can_pack(module.linear2):
+    if type(module) is FeedForward and can_pack(module.linear1) and can_pack(module.linear2):
         return FeedForwardInPieces(module)
-    if kind is BasicStem and _is_plain(module.conv1):
+    if type(module) is BasicStem and _is_plain(module.conv1):
         return nn.Sequential(PackedConv2d(module.conv1, relu=True), nn.MaxPool2d(3, 2, padding=1))
-    if kind in (BasicBlock, BottleneckBlock) and all(map(_is_plain, _convolutions(module))):
+    if type(module) in (BasicBlock, BottleneckBlock) and all(map(_is_plain, _convolutions(module))):
         return PackedResidualBlock(module, overwrite=only_reader)
-    if kind is nn.Linear and can_pack(module):
+    if type(module) is nn.Linear and can_pack(module):
         return PackedLinear(module)
     if _is_plain(module):
         return PackedConv2d(module)
     return module
 
 
-def _is_plain(module: Any) -> bool:
+def _is_plain(module: Any) -> TypeGuard[nn.Conv2d]:
     """Whether a module is a convolution alone, which oneDNN takes."""
     if type(module) in (Conv2d, FrozenNormConv2d):  # Detectron2's
         return module.norm is None and module.activation is None and can_pack(module)
