@@ -90,9 +90,9 @@ def add_deformable_detr_config(cfg: CN) -> None:
     node.FOCAL_ALPHA = 0.25
     node.FOCAL_GAMMA = 2.0
 
-    # Backbones of timm, MODEL.BACKBONE.NAME build_timm_backbone. Their feature maps are IN_FEATURES,
-    # the last one dilated with MODEL.RESNETS.RES5_DILATION 2; MODEL.BACKBONE.FREEZE_AT counts as for
-    # ResNets.
+    # Backbones of timm, MODEL.BACKBONE.NAME build_timm_backbone. Their feature maps are
+    # IN_FEATURES, the last one dilated with MODEL.RESNETS.RES5_DILATION 2;
+    # MODEL.BACKBONE.FREEZE_AT counts as for ResNets.
     cfg.MODEL.TIMM = CN()
     # Name of the model, such as swin_tiny_patch4_window7_224.ms_in1k.
     cfg.MODEL.TIMM.NAME = ""
