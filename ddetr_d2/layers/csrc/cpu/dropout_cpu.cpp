@@ -24,8 +24,8 @@ constexpr int64_t kLanes = 16, kWords = 4 * kLanes, kBlock = 2 * kWords;
 constexpr int64_t kBlocksPerTask = 128;
 
 // Compiled for several kinds of processors, of which the right one is chosen when the library is
-// loaded.
-#if defined(__x86_64__) && defined(__gnu_linux__)
+// loaded; other compilers than these do not know the names.
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
 #define DDETR_D2_CLONES \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
