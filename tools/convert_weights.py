@@ -31,7 +31,7 @@ from ddetr_d2.checkpoint.formats import Weights, read_weights, to_contiguous
 from ddetr_d2.checkpoint.writing import Output, to_reference, write_checkpoint, write_transformers
 from ddetr_d2.detector import nearest_configuration
 from ddetr_d2.engine import setup_cfg
-from ddetr_d2.engine.setup import value_of
+from ddetr_d2.engine.setup import saved_cfg, value_of
 from ddetr_d2.errors import UserError, exit_on_user_error
 
 from detectron2.config import CfgNode
@@ -70,12 +70,16 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def configure(weights: Weights, config_file: str | None) -> tuple[CfgNode, str]:
+def configure(weights: Weights, source: str, config_file: str | None) -> tuple[CfgNode, str]:
     """Configuration of the model that the weights are of, and how to get it from a file.
 
     Returns:
-        the configuration; arguments of train_net.py and demo.py that give the same.
+        the configuration; arguments of train_net.py and demo.py that give the same, none where
+        the weights carry it.
     """
+    saved = weights.rest.get("config")
+    if isinstance(saved, str) and not config_file:
+        return saved_cfg(saved, source, ["MODEL.DEVICE", "cpu"]), ""
     path, changed = nearest_configuration(weights, config_file or "")
     cfg = setup_cfg(path, ["MODEL.DEVICE", "cpu", *map(str, sum(changed.items(), ()))])
     changed.pop(NUM_CLASSES, None)  # comes with the class names
@@ -112,7 +116,7 @@ def convert(args: argparse.Namespace) -> None:
     if not names or len(names) != classes:
         names = None
     print(f"{classes} classes: {', '.join(names[:5]) + ', ...' if names else 'without names'}")
-    cfg, arguments = configure(weights, args.config_file)
+    cfg, arguments = configure(weights, args.input, args.config_file)
     # Published models with more than one scale have no dilation.
     single_scale = cfg.MODEL.DEFORMABLE_DETR.NUM_FEATURE_LEVELS == 1
     deciding = [NUM_HEADS, CLASS_LOSS, *([DILATION] if single_scale else [])]
@@ -126,6 +130,8 @@ def convert(args: argparse.Namespace) -> None:
     entries: dict[str, Any] = {"options": built_options(checkpointer.model)}
     if names:
         entries["class_names"] = names
+    if not arguments:
+        entries["config"] = weights.rest["config"]
     with output as path:
         if to_folder:
             write_transformers(path, weights.model, cfg, names)
@@ -135,7 +141,7 @@ def convert(args: argparse.Namespace) -> None:
             write_checkpoint(path, weights.model, **entries)
         checkpointer.load(path)
     print(f"wrote {args.output} ({args.to}); use it with")
-    print(f"    {arguments} MODEL.WEIGHTS {args.output}")
+    print(f"    {f'{arguments} MODEL.WEIGHTS {args.output}'.lstrip()}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -108,6 +108,14 @@ def trained(tmp_path_factory):
     return folder, options
 
 
+def test_a_checkpoint_keeps_its_configuration(trained, convert, tmp_path):
+    original = trained[0] / "model_final.pth"
+    output = convert(original, tmp_path / "own.pth")
+    assert f"    MODEL.WEIGHTS {tmp_path / 'own.pth'}" in output
+    contents = [torch.load(path) for path in (original, tmp_path / "own.pth")]
+    assert contents[0]["config"] == contents[1]["config"]
+
+
 def test_same_ap_in_every_format(trained, train_net, convert, tmp_path):
     folder, options = trained
     original = folder / "model_final.pth"
