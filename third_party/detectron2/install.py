@@ -59,7 +59,7 @@ def main() -> int:
         wheel = download(Path(folder, "wheel"))
         source = Path(folder, "source")
         unpack(wheel, source)
-        pip("install", "--no-deps", "--no-build-isolation", str(source))
+        pip("install", "--no-build-isolation", str(source))
     return 0
 
 
