@@ -1,5 +1,6 @@
 """Convolutions with frozen batch normalisation, as they are fast in training."""
 
+import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
@@ -12,7 +13,8 @@ class FrozenNormConv2d(Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C', H', W')."""
         norm = self.norm
-        if not isinstance(norm, FrozenBatchNorm2d):  # folded for good, for inference
+        # For inference it is folded for good, and it is counted as what it is.
+        if not isinstance(norm, FrozenBatchNorm2d) or not torch.is_grad_enabled():
             return super().forward(x)
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         shift = norm.bias - norm.running_mean * scale
