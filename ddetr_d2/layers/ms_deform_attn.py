@@ -97,13 +97,25 @@ def ms_deform_attn(
         attention_weights = _cast(attention_weights, torch.float32)
     if compiling:
         return _operator(value, shapes, sampling_locations, attention_weights)
-    # torch.library's autograd for operators takes 6 microseconds more without gradients, 25 with.
-    if torch.is_grad_enabled() and (
-        value.requires_grad or sampling_locations.requires_grad or attention_weights.requires_grad
-    ):
-        return _MSDeformAttn.apply(value, shapes, sampling_locations, attention_weights)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _operator(value, shapes, sampling_locations, attention_weights)
+    try:
+        # torch.library's autograd for operators takes 6 microseconds more without gradients, 25
+        # with them.
+        if torch.is_grad_enabled() and (
+            value.requires_grad
+            or sampling_locations.requires_grad
+            or attention_weights.requires_grad
+        ):
+            return _MSDeformAttn.apply(value, shapes, sampling_locations, attention_weights)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _operator(value, shapes, sampling_locations, attention_weights)
+    except RuntimeError as error:
+        raise _of_arguments(error) from None
+
+
+def _of_arguments(error: RuntimeError) -> Exception:
+    """The ValueError that the kernels' checks raise: newer PyTorch makes a RuntimeError of it."""
+    message = str(error)
+    return ValueError(message) if message.startswith("ms_deform_attn: ") else error
 
 
 class _MSDeformAttn(torch.autograd.Function):
@@ -170,11 +182,14 @@ def ms_deform_attn_fused(
     """
     shapes = flat_shapes(spatial_shapes)
     check_level_starts(level_start_index, shapes)
-    if not torch.compiler.is_compiling():
-        _announce(value.device.type)
-    return torch.ops.ddetr_d2.ms_deform_attn_fused.default(
-        value, shapes, reference_points, sampling_offsets, attention_logits
-    )
+    arguments = (value, shapes, reference_points, sampling_offsets, attention_logits)
+    if torch.compiler.is_compiling():
+        return torch.ops.ddetr_d2.ms_deform_attn_fused.default(*arguments)
+    _announce(value.device.type)
+    try:
+        return torch.ops.ddetr_d2.ms_deform_attn_fused.default(*arguments)
+    except RuntimeError as error:
+        raise _of_arguments(error) from None
 
 
 @functools.cache

@@ -41,7 +41,8 @@ inline std::string device_name(const Tensor& tensor) {
   }
 }
 
-// Raises Python's ValueError with the arguments, one after the other, as its message.
+// Raises Python's ValueError with the arguments, one after the other, as its message. Newer
+// versions of PyTorch make a RuntimeError of it, and ms_deform_attn.py a ValueError again.
 template <typename... Args>
 [[noreturn, gnu::cold, gnu::noinline]] void raise_value_error(const Args&... args) {
   std::ostringstream stream;
