@@ -12,13 +12,13 @@ uv=$(command -v "${UV:-uv}")
 [[ $uv == /* ]] || uv=$PWD/$uv
 export OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 
+sources() { git ls-files -z --cached --others --exclude-standard; }
 lowest() { sed -nE "s/^ *\"$1>=([0-9.]+)\",.*/$1==\1.*/p" pyproject.toml; }
 # Name, Python, PyTorch.
 environments=(
     "oldest 3.11 $(lowest torch) $(lowest torchvision)"
     "newest 3.13 torch torchvision"
 )
-sources=(configs ddetr_d2 demo tests tools train_net.py setup.py pyproject.toml requirements.txt)
 tests=(tests/layers tests/modeling tests/export tests/test_*.py)
 # CUDA's sources have nothing to do with the version of Python or PyTorch that runs here.
 options=(-q -p no:cacheprovider --ignore tests/layers/test_cuda_on_cpu.py "$@")
@@ -39,12 +39,11 @@ run_tests() { # folder
     rm -rf "$1/source"
     mkdir "$1/source"
     # Not what is compiled here: it is compiled anew.
-    tar --exclude '*.so' --exclude __pycache__ -cf - "${sources[@]}" README.md docs third_party \
-        | tar -xf - -C "$1/source"
+    sources | tar --null --files-from=- --ignore-failed-read -cf - | tar -xf - -C "$1/source"
     (
         cd "$1/source"
-        "$python" -m pip install -q --no-deps --no-build-isolation -e . > ../build.log 2>&1
-        "$python" -m pytest "${options[@]}" "${tests[@]}" > ../tests.log 2>&1
+        "$python" -m pip install -q --no-deps --no-build-isolation -e . > ../build.log 2>&1 &&
+            "$python" -m pytest "${options[@]}" "${tests[@]}" > ../tests.log 2>&1
     )
 }
 
@@ -59,7 +58,9 @@ END
 }
 
 changed_since() { # file
-    find "${sources[@]}" -type f -not -path '*/__pycache__/*' -newer "$1" -print -quit
+    while IFS= read -r -d '' source; do
+        [[ ! $source -nt $1 ]] || echo "$source"
+    done < <(sources)
 }
 
 failed=0
