@@ -51,7 +51,8 @@ def test_options_of_every_configuration(name):
             node = node[part]
         if key != "MODEL.BACKBONE.NAME" and not key.endswith("DEFORM_MODULATED"):
             assert value == (list(node) if isinstance(value, list) else node), key
-    assert variant(options) == name
+    # Weights do not tell which of timm's models they are of.
+    assert variant(options) == name.removesuffix("_swin_t").removesuffix("_convnext_t")
 
 
 WRONG = [
