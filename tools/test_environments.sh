@@ -19,7 +19,7 @@ environments=(
     "oldest 3.11 $(lowest torch) $(lowest torchvision)"
     "newest 3.13 torch torchvision"
 )
-tests=(tests/layers tests/modeling tests/export tests/test_*.py)
+tests=(tests/layers tests/modeling tests/export tests/tools tests/test_*.py)
 # CUDA's sources have nothing to do with the version of Python or PyTorch that runs here.
 options=(-q -p no:cacheprovider --ignore tests/layers/test_cuda_on_cpu.py "$@")
 

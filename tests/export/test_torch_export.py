@@ -6,8 +6,11 @@ from ddetr_d2.export.formats import export_program, write_torch_export
 from ddetr_d2.export.verify import load_torch_export
 
 import pytest
+import torch
 
 from .test_onnx import FPN
+
+pytestmark = pytest.mark.skipif(torch.__version__ < "2.11", reason="needs torch 2.11")
 
 
 @pytest.mark.parametrize(
