@@ -27,7 +27,7 @@ def test_gradients_do_not_depend_on_how_a_batch_is_cut(variant):
     assert expected_values["gradient_norm"] > 1
     for micro_batches in ([batch[i : i + 1] for i in range(4)], [batch[:3], batch[3:]]):
         assert step(micro_batches) == pytest.approx(expected_values, rel=1e-9)
-        torch.testing.assert_close(gradients(model), expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(gradients(model), expected, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("variant", MEMBERS)
