@@ -39,11 +39,9 @@ setup: $(COMPILED)
 demo: $(COMPILED)
 	PYTHON=$(PY) tools/quickstart.sh
 
-# Tensors in the tests are small: more threads only wait for each other. Benchmarks in a process of their own: what they
-# load leaves a process that signals to it end.
+# Tensors in the tests are small: more threads only wait for each other.
 test: $(COMPILED)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(PY) -m pytest --ignore tests/benchmarks
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(PY) -m pytest tests/benchmarks
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(PY) -m pytest
 
 test-environments: $(INSTALLED)
 	UV=$(VENV)/bin/uv tools/test_environments.sh

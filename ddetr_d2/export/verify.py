@@ -1,5 +1,6 @@
 """Running exported files, and comparing them with the model they were made from."""
 
+import functools
 import json
 import os
 import warnings
@@ -53,17 +54,7 @@ def load_onnx_in_openvino(
         UserError: the package openvino is missing, or the library is no extension for its version.
     """
     require_package("openvino", "running an ONNX file in OpenVINO")
-    import openvino
-
-    core = openvino.Core()
-    if extension:
-        try:
-            core.add_extension(os.path.abspath(extension))
-        except RuntimeError as error:
-            raise UserError(
-                f"{extension} is no extension for this version of OpenVINO; build it anew with "
-                f"python -m ddetr_d2.export.openvino_extension ({str(error).splitlines()[-1]})"
-            ) from error
+    core = _openvino_core(os.path.abspath(extension) if extension else "")
     settings = {
         "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -78,6 +69,30 @@ def load_onnx_in_openvino(
 
     metadata = model.get_rt_info("framework").astype(dict) if model.has_rt_info("framework") else {}
     return run, {key: json.loads(value.astype(str)) for key, value in metadata.items()}
+
+
+@functools.cache
+def _openvino_core(extension: str) -> Any:
+    """OpenVINO itself, with an extension if a path is given; kept until the process ends.
+
+    Each sets an alternative stack for signal handlers and puts back, when it goes, the one that it
+    found: if that was of another one, gone before, the next signal ends the process.
+
+    Raises:
+        UserError: the library is no extension for this version of OpenVINO.
+    """
+    import openvino
+
+    core = openvino.Core()
+    if extension:
+        try:
+            core.add_extension(extension)
+        except RuntimeError as error:
+            raise UserError(
+                f"{extension} is no extension for this version of OpenVINO; build it anew with "
+                f"python -m ddetr_d2.export.openvino_extension ({str(error).splitlines()[-1]})"
+            ) from error
+    return core
 
 
 def load_torchscript(path: str) -> tuple[Callable[..., list[Tensor]], dict[str, Any]]:

@@ -1,6 +1,8 @@
 """ONNX files run by OpenVINO, and its extension with the kernels of the compiled operator."""
 
 import os
+import subprocess
+import sys
 
 from ddetr_d2.errors import UserError
 from ddetr_d2.export import ExportableDetector
@@ -33,6 +35,29 @@ def test_extension(variant, build, check, tmp_path):
     model, path = build(variant), str(tmp_path / "model.onnx")
     write_onnx(ExportableDetector(model, sampling="extension"), path, {})
     check(model, load_onnx_in_openvino(path, EXTENSION)[0])
+
+
+SIGNAL_AFTER_TWO_MODELS = """
+import signal, sys
+from ddetr_d2.export.verify import load_onnx_in_openvino
+first = load_onnx_in_openvino(sys.argv[1])
+second = load_onnx_in_openvino(sys.argv[1])
+del first
+del second
+signal.signal(signal.SIGTERM, lambda number, frame: print("handled"))
+signal.raise_signal(signal.SIGTERM)
+"""
+
+
+def test_signals_are_handled_after_several_models(build, tmp_path):
+    pytest.importorskip("openvino")
+    path = str(tmp_path / "model.onnx")
+    write_onnx(ExportableDetector(build("deformable_detr_single_scale")), path, {})
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNAL_AFTER_TWO_MODELS, path], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "handled"
 
 
 def test_one_operator_for_each_attention(build, tmp_path):
