@@ -229,7 +229,7 @@ class TrainLoader:
             worker_init_fn=_leave_signals_to_main_process,
             generator=torch.Generator(),
         )
-        with _worker_deaths_wait_for_the_next_batch():
+        with _worker_deaths_wait_for_the_next_batch(), _no_signals_yet():
             loaded = iter(loader)
         while True:
             yield [self._next(loaded) for _ in range(self._accumulate)]
@@ -338,6 +338,19 @@ def _worker_deaths_wait_for_the_next_batch() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _no_signals_yet() -> Iterator[None]:
+    """Hold back Ctrl-C and SIGTERM, also from workers that begin here, until they are prepared."""
+    if not hasattr(signal, "sigwaitinfo"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _leave_signals_to_main_process(worker: int) -> None:

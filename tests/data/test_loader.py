@@ -1,5 +1,6 @@
 """The training loader: the same images at the same step, whatever loads them; bad images."""
 
+import gc
 import itertools
 import logging
 import multiprocessing
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import get_worker_info
 
 SIZES = [(40, 30), (30, 40), (36, 36), (44, 20), (20, 44), (50, 30), (32, 30)]  # 4 are wide
 
@@ -350,8 +352,13 @@ def test_defects_are_not_taken_for_bad_images(records):
 # Workers.
 
 
-def test_workers_leave_signals_to_the_main_process(loader):
-    """Ctrl-C and SIGTERM from outside reach all processes; the main one finishes its step."""
+@pytest.mark.parametrize("delay", [0, 1])
+def test_workers_leave_signals_to_the_main_process(loader, monkeypatch, delay):
+    """Ctrl-C and SIGTERM from outside reach all processes; the main one finishes its step.
+
+    The second worker may still be starting then.
+    """
+    monkeypatch.setattr(gc, "freeze", lambda: time.sleep(delay * get_worker_info().id))
     expected = [content(step) for step in steps(loader(), 8)]
     before = {*multiprocessing.active_children()}
     run = iter(loader(num_workers=2))
