@@ -24,7 +24,7 @@ CSRC := $(sort $(shell find ddetr_d2/layers/csrc -type f 2>/dev/null))
 help:
 	@echo 'make demo   set up, train a small detector on synthetic images, evaluate it, draw detections'
 	@echo 'make test   set up, run the tests'
-	@echo 'make test-environments  the tests with other versions of Python and PyTorch (12 GB)'
+	@echo 'make test-environments  the tests of the wheel with other versions of Python and PyTorch (12 GB)'
 	@echo 'make lint   set up, check format, style and types'
 	@echo 'make pins   set up, write requirements.txt; versions stay but with ARGS=--upgrade'
 	@echo 'make bench  set up, time operator, model, training and exports beside others (CPU, 20 minutes)'
@@ -43,7 +43,7 @@ demo: $(COMPILED)
 test: $(COMPILED)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(PY) -m pytest
 
-test-environments: $(INSTALLED)
+test-environments: wheel
 	UV=$(VENV)/bin/uv tools/test_environments.sh
 
 bench: $(COMPILED)

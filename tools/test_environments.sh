@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The tests of operator, model and programs with the oldest and the newest Python and PyTorch that
-# the package is for; all other packages are those of requirements.txt.
+# The wheel in dist, with the oldest and the newest Python and PyTorch that the package is for: the
+# tests of operator, model and programs; all other packages are those of requirements.txt.
 #
+#   make wheel
 #   tools/test_environments.sh [pytest options]      UV=... is the program uv
 #
 # Environments lie in .environments/NAME, about 6 GB each. What passed is not run again until a file
@@ -21,7 +22,12 @@ environments=(
 )
 tests=(tests/layers tests/modeling tests/export tests/tools tests/test_*.py)
 # CUDA's sources have nothing to do with the version of Python or PyTorch that runs here.
-options=(-q -p no:cacheprovider --ignore tests/layers/test_cuda_on_cpu.py "$@")
+options=(-q -p no:cacheprovider --ignore-glob '*/test_cuda_*' "$@")
+wheels=(dist/ddetr_d2-*.whl)
+if [[ ${#wheels[@]} != 1 || ! -e ${wheels[0]} ]]; then
+    echo "error: one wheel of ddetr_d2 is expected in dist: make wheel" >&2
+    exit 2
+fi
 
 install() { # folder, Python, requirements of torch and torchvision
     local python=$1/venv/bin/python others=$1/requirements.txt
@@ -34,16 +40,21 @@ install() { # folder, Python, requirements of torch and torchvision
     touch "$1/installed"
 }
 
-run_tests() { # folder
+prepare_tests() { # folder
     local python=$PWD/$1/venv/bin/python
     rm -rf "$1/source"
     mkdir "$1/source"
-    # Not what is compiled here: it is compiled anew.
-    sources | tar --null --files-from=- --ignore-failed-read -cf - | tar -xf - -C "$1/source"
+    # Without the package, so that the one in the wheel is tested.
+    sources | tar --exclude 'ddetr_d2/*' --null --files-from=- --ignore-failed-read -cf - |
+        tar -xf - -C "$1/source"
+    "$uv" pip install -q --python "$python" --no-deps --reinstall "${wheels[0]}"
+}
+
+run_tests() { # folder
+    local python=$PWD/$1/venv/bin/python
     (
         cd "$1/source"
-        "$python" -m pip install -q --no-deps --no-build-isolation -e . > ../build.log 2>&1 &&
-            "$python" -m pytest "${options[@]}" "${tests[@]}" > ../tests.log 2>&1
+        "$python" -m pytest "${options[@]}" "${tests[@]}" > ../tests.log 2>&1
     )
 }
 
@@ -82,11 +93,12 @@ for environment in "${environments[@]}"; do
         continue
     fi
     echo "$name: testing"
+    prepare_tests "$folder"
     if run_tests "$folder"; then
         echo "$(versions "$folder"): $(tail -n 1 "$folder/tests.log")" > "$folder/passed"
         echo "$name: passed: $(cat "$folder/passed")"
     else
-        echo "$name: failed: $(versions "$folder"); see $folder/build.log and $folder/tests.log"
+        echo "$name: failed: $(versions "$folder"); see $folder/tests.log"
         failed=1
     fi
 done

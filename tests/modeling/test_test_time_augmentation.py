@@ -241,12 +241,12 @@ def detections(folder, kind):
 
 
 def assert_same_detections(actual, expected):
-    """But for a few: among equal scores rounding decides on the order and on what NMS keeps."""
-    assert len(actual) == len(expected)
+    """But for two: where an overlap is at NMS's threshold, rounding decides which box stays."""
+    assert len(actual) == len(expected) == 200
     same = torch.isclose(
-        torch.tensor(actual)[:, None], torch.tensor(expected), rtol=1e-3, atol=1e-2
+        torch.tensor(actual)[:, None], torch.tensor(expected), rtol=1e-4, atol=1e-3
     ).all(-1)
-    assert same.any(0).float().mean() > 0.97 and same.any(1).float().mean() > 0.97
+    assert same.any(0).sum() >= 198 and same.any(1).sum() >= 198
 
 
 def test_evaluated_beside_the_plain_detector(train_net, shapes_opts, tmp_path):
