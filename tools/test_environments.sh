@@ -78,13 +78,14 @@ failed=0
 for environment in "${environments[@]}"; do
     read -r name python torch torchvision <<< "$environment"
     folder=.environments/$name
-    if ! "$uv" python find --no-python-downloads -q "$python" > /dev/null 2>&1; then
-        echo "$name: no Python $python was found: put one on the PATH, or uv python install $python"
-        failed=1
-        continue
-    fi
     mkdir -p "$folder"
     if [[ ! -e $folder/installed ]]; then
+        if ! "$uv" python find --no-python-downloads -q "$python" > /dev/null 2>&1; then
+            echo "$name: no Python $python was found:" \
+                "put one on the PATH, or uv python install $python"
+            failed=1
+            continue
+        fi
         echo "$name: installing into $folder"
         install "$folder" "$python" "$torch" "$torchvision"
     fi

@@ -128,14 +128,14 @@ def export_program(detector: ExportableDetector) -> ExportedProgram:
         UserError: the backbone takes images of certain sizes only, the detector samples with the
             operator of an extension, or PyTorch is older than 2.11.
     """
+    if detector.sampling == "extension":
+        raise UserError("sampling 'extension' is for ONNX; choose grid_sample, gather or operator.")
     # Of feature maps with channels last torch 2.10 takes sizes for constants.
     if torch.__version__ < "2.11":
         raise UserError(
             f"torch.export of a detector needs torch 2.11 or newer, this is {torch.__version__}; "
             "choose onnx or torchscript."
         )
-    if detector.sampling == "extension":
-        raise UserError("sampling 'extension' is for ONNX; choose grid_sample, gather or operator.")
     divisor = detector.model.backbone.size_divisibility
     if divisor > 1:
         raise UserError(
