@@ -10,9 +10,10 @@ from ddetr_d2.export import (
     ExportableDetector,
     compare,
     example_inputs,
+    onnxruntime_extension,
     openvino_extension,
 )
-from ddetr_d2.export.verify import load_onnx_in_openvino
+from ddetr_d2.export.verify import load_onnx, load_onnx_in_openvino
 from ddetr_d2.modeling import SetDetector, prepare_for_inference
 
 import torch
@@ -36,6 +37,13 @@ def _onnxruntime(model: SetDetector, folder: str) -> Form:
     return LOADERS["onnx"](_write(model, folder, "onnx", "grid_sample"))[0]
 
 
+def _onnxruntime_with_extension(model: SetDetector, folder: str) -> Form:
+    extension = f"{folder}/onnxruntime_extension.so"
+    if not os.path.exists(extension):
+        onnxruntime_extension.build(extension)
+    return load_onnx(_write(model, folder, "onnx", "extension"), extension)[0]
+
+
 def _openvino(model: SetDetector, folder: str, precision: str) -> Form:
     import openvino  # noqa: F401  where it is missing, this form is left out
 
@@ -46,7 +54,7 @@ def _openvino(model: SetDetector, folder: str, precision: str) -> Form:
 def _openvino_with_extension(model: SetDetector, folder: str, precision: str) -> Form:
     import openvino  # noqa: F401
 
-    extension = f"{folder}/extension.so"
+    extension = f"{folder}/openvino_extension.so"
     if not os.path.exists(extension):
         openvino_extension.build(extension)
     path = _write(model, folder, "onnx", "extension")
@@ -65,6 +73,7 @@ def _compiled(model: SetDetector, folder: str) -> Form:
 
 FORMS: dict[str, Callable[[SetDetector, str], Form]] = {
     "onnxruntime": _onnxruntime,
+    "onnxruntime, extension": _onnxruntime_with_extension,
     "OpenVINO": partial(_openvino, precision="f32"),
     "OpenVINO, extension": partial(_openvino_with_extension, precision="f32"),
     "OpenVINO, bfloat16": partial(_openvino, precision="bf16"),

@@ -18,11 +18,19 @@ import numpy as np
 Model = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
 
 
-def load_in_onnxruntime(path: str) -> tuple[Model, dict[str, str]]:
-    """The model, and its metadata as JSON."""
+def load_in_onnxruntime(path: str, extension: str) -> tuple[Model, dict[str, str]]:
+    """The model, and its metadata as JSON.
+
+    Args:
+        path: an ONNX file.
+        extension: a library with the operator of --sampling extension; empty for none.
+    """
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    if extension:
+        options.register_custom_ops_library(os.path.abspath(extension))
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     metadata = session.get_modelmeta().custom_metadata_map
     return lambda inputs: session.run(None, inputs), metadata
 
@@ -76,23 +84,24 @@ def main() -> None:
         "--precision", choices=("f32", "bf16"), default="f32", help="OpenVINO only: 32 or 16 bits"
     )
     parser.add_argument(
-        "--openvino-extension",
+        "--extension",
         default="",
         metavar="FILE",
-        help="library that a file of --sampling extension needs, see docs/export.md",
+        help="library for this runtime that a file of --sampling extension needs, see "
+        "docs/export.md",
     )
     args = parser.parse_args()
-    for path in filter(None, (args.model, args.image, args.openvino_extension)):
+    for path in filter(None, (args.model, args.image, args.extension)):
         if not os.path.isfile(path):
             parser.error(f"{path} does not exist")
-    if args.runtime != "openvino" and (args.openvino_extension or args.precision != "f32"):
-        parser.error("--openvino-extension and --precision are for --runtime openvino")
+    if args.runtime != "openvino" and args.precision != "f32":
+        parser.error("--precision is for --runtime openvino")
 
     try:
         if args.runtime == "openvino":
-            run, metadata = load_in_openvino(args.model, args.openvino_extension, args.precision)
+            run, metadata = load_in_openvino(args.model, args.extension, args.precision)
         else:
-            run, metadata = load_in_onnxruntime(args.model)
+            run, metadata = load_in_onnxruntime(args.model, args.extension)
     except ImportError:
         parser.error(f"--runtime {args.runtime}: pip install {args.runtime}")
     rules = {key: json.loads(value) for key, value in metadata.items()}

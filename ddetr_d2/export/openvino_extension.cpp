@@ -1,5 +1,5 @@
-// Multi-scale deformable attention for OpenVINO: reads the operator MSDeformAttn of the domain
-// ddetr_d2 from ONNX files and runs it by the kernels of the compiled operator, in float32.
+// Multi-scale deformable attention for OpenVINO, see attention_call.h: reads the operator from ONNX
+// files and runs it.
 #include <algorithm>
 #include <cstdint>
 #include <memory>
@@ -8,29 +8,10 @@
 #include <openvino/openvino.hpp>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "attention_call.h"
 
 namespace ddetr_d2 {
 namespace {
-
-constexpr const char* kDomain = "ddetr_d2";
-constexpr const char* kName = "MSDeformAttn";
-
-// The widest vectors that this processor has and that the channels of a head fill.
-Kernels choose_kernels(int64_t channels) {
-#if defined(__x86_64__)
-  if (channels % 16 == 0 && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq")) {
-    return avx512::find_kernels(Type::kFloat, Type::kFloat);
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
-    return avx2::find_kernels(Type::kFloat, Type::kFloat);
-  }
-#endif
-  return baseline::find_kernels(Type::kFloat, Type::kFloat);
-}
 
 // OpenVINO may have replaced integers of 64 bits by some of 32.
 std::vector<int64_t> integers(const ov::Tensor& tensor) {
@@ -43,8 +24,6 @@ std::vector<int64_t> integers(const ov::Tensor& tensor) {
   return result;
 }
 
-// Inputs: value (N, S, M, D), height and width of each level (L, 2), locations
-// (N, Q, M, L, K, 2) and weights (N, Q, M, L, K). Output: (N, Q, M * D).
 class MSDeformAttn : public ov::op::Op {
  public:
   OPENVINO_OP("MSDeformAttn", "ddetr_d2");
@@ -76,38 +55,11 @@ class MSDeformAttn : public ov::op::Op {
     const ov::Shape value = inputs[0].get_shape();
     const ov::Shape locations = inputs[2].get_shape();
     const std::vector<int64_t> spatial_shapes = integers(inputs[1]);
-    Call call{};
-    call.batch = value[0];
-    call.tokens = value[1];
-    call.heads = value[2];
-    call.channels = value[3];
-    call.queries = locations[1];
-    call.levels = locations[3];
-    call.points = locations[4];
-    // The kernels trust what they are told.
-    int64_t tokens = 0;
-    for (size_t i = 0; i + 1 < spatial_shapes.size(); i += 2) {
-      tokens += spatial_shapes[i] * spatial_shapes[i + 1];
-    }
-    const ov::Shape weights{locations.begin(), locations.end() - 1};
-    if (spatial_shapes.size() != 2 * locations[3] || tokens != call.tokens ||
-        locations[0] != value[0] || locations[2] != value[2] || locations[5] != 2 ||
-        inputs[3].get_shape() != weights) {
-      return false;
-    }
-    call.spatial_shapes = spatial_shapes.data();
-    call.value = inputs[0].data();
-    call.locations = inputs[2].data();
-    call.weights = inputs[3].data();
+    AttentionCall call(value, spatial_shapes, locations, inputs[3].get_shape());
+    if (!call.is_valid()) return false;
     outputs[0].set_shape({value[0], locations[1], value[2] * value[3]});
-    call.output = outputs[0].data();
-    const Kernels kernels = choose_kernels(call.channels);
-    const int64_t rows = call.batch * call.heads * call.queries;
-    ov::parallel_nt(0, [&](int thread, int threads) {
-      int64_t begin = 0, end = 0;
-      ov::splitter(rows, threads, thread, begin, end);
-      if (begin < end) kernels.forward(call, begin, end);
-    });
+    call.set_data(inputs[0].data(), inputs[2].data(), inputs[3].data(), outputs[0].data());
+    ov::parallel_nt(0, [&](int thread, int threads) { call.run(thread, threads); });
     return true;
   }
 };

@@ -17,18 +17,31 @@ from .detector import ExportableDetector
 from .formats import METADATA_FILE, require_package
 
 
-def load_onnx(path: str) -> tuple[Callable[..., list[Tensor]], dict[str, Any]]:
+def load_onnx(path: str, extension: str = "") -> tuple[Callable[..., list[Tensor]], dict[str, Any]]:
     """An ONNX file as a function of tensors, run by onnxruntime on the CPU, and its metadata.
 
+    Args:
+        path: an ONNX file.
+        extension: a library that :mod:`.onnxruntime_extension` built, for files that need it.
+
     Raises:
-        UserError: the package onnxruntime is missing.
+        UserError: the package onnxruntime is missing, or the library is no extension for it.
     """
     require_package("onnxruntime", "running an ONNX file")
     import onnxruntime
+    from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors
+    if extension:
+        try:
+            options.register_custom_ops_library(os.path.abspath(extension))
+        except Fail as error:
+            raise UserError(
+                f"{extension} is no extension of onnxruntime; python -m "
+                f"ddetr_d2.export.onnxruntime_extension builds one ({error})"
+            ) from error
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [node.name for node in session.get_inputs()]
 
