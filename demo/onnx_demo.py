@@ -104,6 +104,9 @@ def main() -> None:
             run, metadata = load_in_onnxruntime(args.model, args.extension)
     except ImportError:
         parser.error(f"--runtime {args.runtime}: pip install {args.runtime}")
+    except Exception as error:  # each runtime has kinds of its own
+        files = " with ".join(filter(None, (args.model, args.extension)))
+        parser.error(f"{args.runtime} cannot run {files}: {error}")
     rules = {key: json.loads(value) for key, value in metadata.items()}
     if not (rules.get("preprocess") and rules.get("postprocess")):
         parser.error(f"{args.model} does not take pixels and give boxes: see docs/export.md")

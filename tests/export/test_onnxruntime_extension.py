@@ -15,6 +15,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from .test_metadata import onnx_demo
 from .test_openvino import VARIANTS
 
 COMPILER = os.environ.get("CXX", "c++").split()[0]
@@ -36,6 +37,26 @@ def test_same_detections(variant, build, check, extension, tmp_path):
     model, path = build(variant), str(tmp_path / "model.onnx")
     write_onnx(ExportableDetector(model, sampling="extension"), path, {})
     check(model, load_onnx(path, extension)[0])
+
+
+def test_demo(build, check, extension, tmp_path, monkeypatch, capsys):
+    model, path = build("deformable_detr_refine"), str(tmp_path / "model.onnx")
+    detector = ExportableDetector(model, sampling="extension")
+    write_onnx(detector, path, {})
+    run, _ = onnx_demo.load_in_onnxruntime(path, extension)
+
+    def run_tensors(*inputs):
+        arrays = zip(detector.input_names, inputs, strict=True)
+        return [torch.from_numpy(output) for output in run({k: x.numpy() for k, x in arrays})]
+
+    check(model, run_tensors)
+
+    drawing = str(tmp_path / "drawing.png")
+    monkeypatch.setattr("sys.argv", ["onnx_demo.py", path, path, drawing])
+    with pytest.raises(SystemExit) as stop:
+        onnx_demo.main()
+    assert stop.value.code == 2
+    assert "onnxruntime cannot run" in capsys.readouterr().err
 
 
 def attention(extension):
