@@ -2,7 +2,7 @@
 
 from .attention import MSDeformAttn
 from .dropout import dropout
-from .linear import feed_forward, linear
+from .linear import feed_forward, linear, pointwise_convolution
 from .ms_deform_attn import ms_deform_attn
 from .position_encoding import sine_embedding, sine_position_embedding
 from .reference import ms_deform_attn_reference
@@ -14,6 +14,7 @@ __all__ = [
     "linear",
     "ms_deform_attn",
     "ms_deform_attn_reference",
+    "pointwise_convolution",
     "sine_embedding",
     "sine_position_embedding",
 ]

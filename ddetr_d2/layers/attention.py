@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .linear import linear
+from .linear import linear, two_linears
 from .ms_deform_attn import can_fuse, ms_deform_attn, ms_deform_attn_fused
 
 
@@ -158,11 +158,11 @@ class MSDeformAttn(nn.Module):
                 f"MSDeformAttn: reference_points: expected shape ({batch}, {queries}, {levels}, "
                 f"2 or 4), got {tuple(reference_points.shape)}"
             )
-        offsets = linear(query, self.sampling_offsets).view(
-            batch, queries, heads, levels, points, 2
+        offsets, logits = two_linears(query, self.sampling_offsets, self.attention_weights)
+        return (
+            offsets.view(batch, queries, heads, levels, points, 2),
+            logits.view(batch, queries, heads, levels, points),
         )
-        logits = linear(query, self.attention_weights).view(batch, queries, heads, levels, points)
-        return offsets, logits
 
     def _locations(
         self, offsets: Tensor, reference_points: Tensor, spatial_shapes: Sequence[Sequence[int]]
@@ -185,6 +185,9 @@ class MSDeformAttn(nn.Module):
         """Over the levels and points of each head, (N, Q, M, L, K)."""
         batch, queries = logits.shape[:2]
         heads, levels, points = self.num_heads, self.num_levels, self.num_points
+        if torch.is_autocast_enabled(logits.device.type):
+            # In float32, as the operator takes the weights, it is faster as well.
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         weights = logits.view(batch, queries, heads, levels * points).softmax(-1)
         return weights.view(batch, queries, heads, levels, points)
 

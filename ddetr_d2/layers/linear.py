@@ -1,8 +1,8 @@
-"""Linear layers and feed-forward networks, as they are fast in training on a CPU.
+"""Linear layers, 1x1 convolutions and feed-forward networks, as they are fast in training on a CPU.
 
-In float32, PyTorch's own linear layers multiply by its BLAS library; oneDNN, which PyTorch itself
-uses for 16 bit types only, is faster. What autograd would keep, copy or compute apart, a
-feed-forward network does by itself.
+In float32, PyTorch's own linear layers multiply by its BLAS library, and so do its 1x1 convolutions
+on one thread; oneDNN, which PyTorch itself uses for 16 bit types only, is faster. What autograd
+would keep, copy or compute apart, a feed-forward network does by itself.
 """
 
 from collections.abc import Sequence
@@ -25,17 +25,28 @@ def linear(x: Tensor, layer: nn.Linear) -> Tensor:
 
     The layer itself is called where that is as fast, or where it has been replaced by another.
     """
-    if (
-        type(layer) is nn.Linear
-        and torch.is_grad_enabled()
-        and (x.requires_grad or layer.weight.requires_grad)
-        and x.dtype == layer.weight.dtype == torch.float32
-        and _is_worth_it(x)
-        and not torch.is_autocast_enabled("cpu")
-        and _has_onednn()
-    ):
+    if type(layer) is nn.Linear and _multiplies_by_onednn(x, layer.weight):
         return _Linear.apply(x, layer.weight, layer.bias)
     return layer(x)
+
+
+def two_linears(x: Tensor, layer1: nn.Linear, layer2: nn.Linear) -> tuple[Tensor, Tensor]:
+    """:func:`linear` of two layers, whose gradients of ``x`` come as one."""
+    if (
+        type(layer1) is type(layer2) is nn.Linear
+        and _multiplies_by_onednn(x, layer1.weight)
+        and layer2.weight.dtype == layer1.weight.dtype
+    ):
+        return _TwoLinears.apply(x, layer1.weight, layer1.bias, layer2.weight, layer2.bias)
+    return layer1(x), layer2(x)
+
+
+def pointwise_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution of (N, C, H, W) by weights (C', C, 1, 1), differentiable once."""
+    rows = x.permute(0, 2, 3, 1)
+    if rows.is_contiguous() and _multiplies_by_onednn(rows, weight):
+        return _PointwiseConvolution.apply(x, weight, bias)
+    return F.conv2d(x, weight, bias)
 
 
 def feed_forward(
@@ -68,6 +79,16 @@ def feed_forward(
                 return _FeedForward.apply(x, *parameters, p, dtype)
     hidden = dropout(linear1(x).relu_(), p, training)
     return dropout(linear2(hidden), p, training, residual=x)
+
+
+def _multiplies_by_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        torch.is_grad_enabled()
+        and x.dtype == weight.dtype == torch.float32
+        and _is_worth_it(x)
+        and not torch.is_autocast_enabled("cpu")
+        and _has_onednn()
+    )
 
 
 def _is_worth_it(x: Tensor) -> bool:
@@ -104,6 +125,59 @@ class _Linear(torch.autograd.Function):
         grad = grad.contiguous()
         grad_x = _multiply(grad, weight.t(), None) if ctx.needs_input_grad[0] else None
         return grad_x, *_gradients_of_parameters(grad, x, ctx.needs_input_grad[2])
+
+
+class _TwoLinears(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight1: Tensor,
+        bias1: Tensor | None,
+        weight2: Tensor,
+        bias2: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight1, weight2)
+        return _multiply(x, weight1, bias1), _multiply(x, weight2, bias2)
+
+    @staticmethod
+    def backward(ctx: Any, grad1: Tensor, grad2: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight1, weight2 = ctx.saved_tensors
+        grad1, grad2 = grad1.contiguous(), grad2.contiguous()
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            part = _multiply(grad1, weight1.t(), None)
+            op = torch.ops.mkldnn._linear_pointwise.binary
+            grad_x = op(grad2, part, weight2.t(), None, "add")
+        return (
+            grad_x,
+            *_gradients_of_parameters(grad1, x, ctx.needs_input_grad[2]),
+            *_gradients_of_parameters(grad2, x, ctx.needs_input_grad[4]),
+        )
+
+
+class _PointwiseConvolution(torch.autograd.Function):
+    """Forward as a convolution, since an output that is a view of another tensor could not be
+    changed in place without a copy of its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.ops.aten.mkldnn_convolution(x, weight, bias, [0, 0], [1, 1], [1, 1], 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad = grad.permute(0, 2, 3, 1).contiguous()
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _multiply(grad, weight.flatten(1).t(), None).permute(0, 3, 1, 2)
+        if ctx.needs_input_grad[1]:
+            grad_weight, grad_bias = _gradients_of_parameters(
+                grad, x.permute(0, 2, 3, 1), ctx.needs_input_grad[2]
+            )
+            grad_weight = grad_weight.view_as(weight)
+        return grad_x, grad_weight, grad_bias
 
 
 class _FeedForward(torch.autograd.Function):

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
 
+from ..layers import pointwise_convolution
+
 
 class FrozenNormConv2d(Conv2d):
     """Detectron2's convolution with a :class:`FrozenBatchNorm2d` that scales the weights, which are
@@ -21,7 +23,14 @@ class FrozenNormConv2d(Conv2d):
         if self.bias is not None:
             shift = shift + self.bias * scale
         weight = self.weight * scale[:, None, None, None]
-        x = F.conv2d(x, weight, shift, self.stride, self.padding, self.dilation, self.groups)
+        if (
+            self.kernel_size == (1, 1) == self.stride
+            and self.padding == (0, 0)
+            and self.groups == 1
+        ):
+            x = pointwise_convolution(x, weight, shift)
+        else:
+            x = F.conv2d(x, weight, shift, self.stride, self.padding, self.dilation, self.groups)
         return x if self.activation is None else self.activation(x)
 
 

@@ -158,3 +158,17 @@ print(tuple(output.shape))
     assert done.stdout.strip() == "(1, 3, 16)"
     assert done.stderr.count("ms_deform_attn on cpu: plain PyTorch") == 1
     assert "undefined symbol: torch_parallel_for). It needs torch 2.10 or newer" in done.stderr
+
+
+def test_softmax_under_autocast_is_in_float32():
+    module = make_module("cpu")
+    weights = []
+
+    def operator(value, shapes, starts, locations, given):
+        weights.append(given)
+        return value.new_zeros(*locations.shape[:2], value.shape[2] * value.shape[3])
+
+    module.operator = operator
+    with torch.autocast("cpu", torch.bfloat16):
+        module(*make_module_inputs(2))
+    torch.testing.assert_close(weights[0].sum((-2, -1)), torch.ones(2, 5, 4), atol=1e-6, rtol=0)

@@ -37,6 +37,23 @@ def test_same_output_gradients_and_names(bias, activation):
     assert list(model.state_dict()) == names
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pointwise(stride):
+    torch.manual_seed(0)
+    norm = FrozenBatchNorm2d(6)
+    norm.weight.copy_(torch.rand(6) + 0.5)
+    norm.bias.copy_(torch.randn(6))
+    model = nn.Sequential(Conv2d(4, 6, 1, stride=stride, bias=False, norm=norm))
+    x = torch.randn(2, 4, 32, 20).to(memory_format=torch.channels_last).requires_grad_()
+    results = []
+    for change in (lambda model: None, scale_weights_by_frozen_norms):
+        change(model)
+        loss = model(x).square().sum()
+        results.append([model(x), *torch.autograd.grad(loss, [x, *model.parameters()])])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
 def test_norm_that_learns_is_left_alone():
     model = nn.Sequential(Conv2d(4, 6, 3, norm=nn.BatchNorm2d(6)), Conv2d(6, 6, 3))
     before = list(model)
