@@ -6,6 +6,7 @@ from .linear import feed_forward, linear, pointwise_convolution
 from .ms_deform_attn import ms_deform_attn
 from .position_encoding import sine_embedding, sine_position_embedding
 from .reference import ms_deform_attn_reference
+from .self_attention import self_attention
 
 __all__ = [
     "MSDeformAttn",
@@ -15,6 +16,7 @@ __all__ = [
     "ms_deform_attn",
     "ms_deform_attn_reference",
     "pointwise_convolution",
+    "self_attention",
     "sine_embedding",
     "sine_position_embedding",
 ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..layers import dropout, feed_forward
+from ..layers import dropout, feed_forward, self_attention
 from .checkpointing import run_checkpointed
 from .feature_levels import FeatureLevels
 from .heads import DetectionHead, Predictions, inverse_sigmoid
@@ -140,7 +140,7 @@ class DecoderLayer(nn.Module):
             levels: where the tokens of the memory lie.
         """
         query = content + position
-        attended = self.self_attn(query, query, content, need_weights=False)[0]
+        attended = self_attention(self.self_attn, query, content)
         content = self.norm2(dropout(attended, self.dropout.p, self.training, content))
         attended = self.attend(content + position, reference, memory, levels)
         return self.ffn(self.norm1(dropout(attended, self.dropout.p, self.training, content)))
