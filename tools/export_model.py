@@ -27,7 +27,7 @@ from ddetr_d2.export import (
     example_inputs,
 )
 from ddetr_d2.export.formats import require_package
-from ddetr_d2.export.verify import load_onnx_in_openvino
+from ddetr_d2.export.verify import load_onnx, load_onnx_in_openvino
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ def get_parser() -> argparse.ArgumentParser:
         default="grid_sample",
         help="how attention samples: the fastest of standard operators on CPUs; by gather for "
         "TensorRT; with the compiled operator, torch_export only, which needs ddetr_d2 again; with "
-        "the extension of OpenVINO, onnx only (default: %(default)s)",
+        "an extension of OpenVINO or onnxruntime, onnx only (default: %(default)s)",
     )
     parser.add_argument(
         "--openvino-extension",
@@ -67,6 +67,13 @@ def get_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="extension to verify with, for --sampling extension; "
         "python -m ddetr_d2.export.openvino_extension FILE builds it",
+    )
+    parser.add_argument(
+        "--onnxruntime-extension",
+        default="",
+        metavar="FILE",
+        help="the same for onnxruntime; "
+        "python -m ddetr_d2.export.onnxruntime_extension FILE builds it",
     )
     parser.add_argument(
         "--opset",
@@ -136,18 +143,24 @@ def check_output(args: argparse.Namespace, cfg: CfgNode) -> None:
             f"--sampling operator is for --format torch_export, not for {args.format}; "
             "choose grid_sample or gather."
         )
-    if (args.sampling == "extension") != bool(args.openvino_extension):
+    extensions = {
+        "openvino": args.openvino_extension,
+        "onnxruntime": args.onnxruntime_extension,
+    }
+    given = {runtime: path for runtime, path in extensions.items() if path}
+    if len(given) != int(args.sampling == "extension"):
         raise UserError(
-            "--sampling extension and --openvino-extension FILE go together: the one writes what "
-            "the other runs."
+            "--sampling extension goes together with either --openvino-extension FILE or "
+            "--onnxruntime-extension FILE: the one writes what the other runs."
         )
     if args.sampling == "extension" and args.format != "onnx":
         raise UserError(f"--sampling extension is for --format onnx, not for {args.format}.")
-    if args.openvino_extension and not os.path.isfile(args.openvino_extension):
-        raise UserError(
-            f"--openvino-extension {args.openvino_extension} does not exist; "
-            "python -m ddetr_d2.export.openvino_extension builds it."
-        )
+    for runtime, path in given.items():
+        if not os.path.isfile(path):
+            raise UserError(
+                f"--{runtime}-extension {path} does not exist; "
+                f"python -m ddetr_d2.export.{runtime}_extension builds it."
+            )
     if args.format == "torch_export" and not args.output.endswith(".pt2"):
         raise UserError(f"--output {args.output}: files of torch.export end in .pt2.")
     if os.path.isdir(args.output):
@@ -190,6 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("comparing it with the model", flush=True)
         if args.openvino_extension:
             run, _ = load_onnx_in_openvino(unverified, args.openvino_extension)
+        elif args.onnxruntime_extension:
+            run, _ = load_onnx(unverified, args.onnxruntime_extension)
         else:
             run, _ = LOADERS[args.format](unverified)
         differences = compare(reference, run, inputs)
