@@ -191,6 +191,11 @@ def run_on_input(args: argparse.Namespace) -> int:
     found, problems, outputs = find_outputs(args)
     images = [*found]
     detector = make_detector(args)
+    if outputs.sampling and detector.cfg.TEST.AUG.ENABLED:
+        raise UserError(
+            "with test-time augmentation there are several copies of an image to look at; "
+            "to see where the detector looks, set TEST.AUG.ENABLED False."
+        )
     with contextlib.ExitStack() as stack:
         if args.save_detections:
             settings = settings_of(detector, args.confidence_threshold, args.output)

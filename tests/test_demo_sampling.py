@@ -315,6 +315,13 @@ def test_the_window_shows_them_after_the_drawing(arguments, tmp_path, monkeypatc
     assert shown[0].shape != shown[1].shape
 
 
+def test_not_of_augmented_copies(arguments, tmp_path):
+    args = arguments("--input", write_image(tmp_path / "x.png"), "--output", tmp_path / "out")
+    args.show_sampling, args.opts = True, [*args.opts, "TEST.AUG.ENABLED", "True"]
+    with pytest.raises(UserError, match="set TEST.AUG.ENABLED False"):
+        demo.run(args)
+
+
 @pytest.mark.parametrize(
     "message, args",
     [
