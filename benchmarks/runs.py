@@ -1,7 +1,8 @@
 """Several runs as one table: ``python -m benchmarks.runs FIRST.json SECOND.json THIRD.json``.
 
 Each figure is the median of the runs' figures; those with a range have the lowest and the highest
-of them in brackets, so they tell how far a figure changes from run to run.
+of them in brackets, so they tell how far a figure changes from run to run. A case that a single run
+has keeps the range of its turns.
 """
 
 import argparse
@@ -25,7 +26,7 @@ def join(runs: Sequence[Sequence[Record]]) -> list[Record]:
 
 
 def _join(values: Sequence) -> object:
-    if isinstance(values[0], list):  # median, lowest and highest within a run
+    if isinstance(values[0], list) and len(values) > 1:  # median, lowest and highest in a run
         return spread([value[0] for value in values])
     if isinstance(values[0], float):
         return statistics.median(values)
@@ -45,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for part, title in PARTS.items():
         found = [report[part] for report in reports if part in report]
         if found:
-            print(table(f"{title}, {len(found)} runs", join(found), COLUMNS))
+            count = "1 run" if len(found) == 1 else f"{len(found)} runs"
+            print(table(f"{title}, {count}", join(found), COLUMNS))
 
 
 if __name__ == "__main__":

@@ -26,3 +26,9 @@ def test_figures_of_three_runs(tmp_path, capsys):
     other, ours = [line for line in printed.splitlines() if line.startswith("| a ")]
     assert [x.strip() for x in ours.split("|")[3:-1]] == ["3 (2 to 4.5)", "3 (2 to 4.5)", "70"]
     assert [x.strip() for x in other.split("|")[3:-1]] == ["9 (9 to 9)", "-", "-"]
+
+
+def test_a_single_run_keeps_the_range_of_its_turns(tmp_path, capsys):
+    runs.main([write(tmp_path / "a.json", 3.0, 70.0, "today")])
+    printed = capsys.readouterr().out
+    assert "Inference, 1 run\n" in printed and "3 (1 to 99)" in printed
