@@ -24,7 +24,11 @@ OLDEST_TORCH = "0x020a000000000000"
 PACKAGES = {
     "packages": [*find_packages(include=["ddetr_d2*"]), "ddetr_d2.configs"],
     "package_dir": {"ddetr_d2.configs": "configs"},
-    "package_data": {"ddetr_d2": ["py.typed"], "ddetr_d2.configs": ["*.yaml"]},
+    # The sources are those of the libraries that export/ builds for other runtimes.
+    "package_data": {
+        "ddetr_d2": ["py.typed", "layers/csrc/**/*", "export/*.cpp", "export/*.h"],
+        "ddetr_d2.configs": ["*.yaml"],
+    },
 }
 
 
