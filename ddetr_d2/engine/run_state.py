@@ -84,7 +84,8 @@ def restore_storage(state: dict[str, Any], storage: EventStorage, metrics_file: 
         if name in _TIMES:
             continue
         history = storage.histories()[name]
-        value, iteration = state["latest"][name]
+        # What had been written when the run was continued before, as AP, has a history alone.
+        value, iteration = state["latest"].get(name, (None, -1))
         waiting = iteration > written
         for earlier, at in values[:-1] if waiting else values:
             history.update(earlier, at)
