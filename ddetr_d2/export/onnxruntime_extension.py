@@ -4,8 +4,8 @@
 
     python -m ddetr_d2.export.onnxruntime_extension libddetr_d2_onnxruntime.so
 
-It needs a C++ compiler and the sources of the compiled operator, which a clone has. The library
-works with onnxruntime 1.17 and all later versions.
+It needs a C++ compiler; the sources of the operator come with the package. The library works with
+onnxruntime 1.17 and all later versions.
 """
 
 from pathlib import Path

@@ -4,8 +4,8 @@
 
     python -m ddetr_d2.export.openvino_extension libddetr_d2_openvino.so
 
-It needs a C++ compiler, the package openvino, whose version the extension is then for, and the
-sources of the compiled operator, which a clone has.
+It needs a C++ compiler and the package openvino, whose version the extension is then for; the
+sources of the operator come with the package.
 """
 
 from pathlib import Path
