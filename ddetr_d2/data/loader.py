@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..errors import UserError
 from .batches import BatchOrder, Sample, aspect_ratio_groups, permutation, random_words
+from .transfer import Packed, pack, unpack
 from .unreadable import UnreadableImage, UnreadableImages
 from .wording import counted, plural
 
@@ -225,7 +226,7 @@ class TrainLoader:
             _MappedSamples(self._records, self._mapper, self.seed),
             batch_sampler=self._micro_batches(),
             num_workers=self._num_workers,
-            collate_fn=trivial_batch_collator,
+            collate_fn=pack if self._num_workers else trivial_batch_collator,
             worker_init_fn=_leave_signals_to_main_process,
             generator=torch.Generator(),
         )
@@ -252,7 +253,7 @@ class TrainLoader:
     def _next(self, loaded: Iterator[list]) -> list[Record]:
         """The next micro-batch, after taking note of what could not be read for it."""
         try:
-            samples = next(loaded)
+            batch = next(loaded)
         except (RuntimeError, OSError, EOFError) as error:
             # An error of the mapper in a worker begins with "Caught".
             if not self._num_workers or str(error).startswith("Caught "):
@@ -263,6 +264,7 @@ class TrainLoader:
                 "memory (/dev/shm): give DATALOADER.NUM_WORKERS a lower number than "
                 f"{self._num_workers}"
             ) from error
+        samples = unpack(batch) if isinstance(batch, Packed) else batch
         self.unreadable.found(image for _, images in samples for image in images)
         for record, images in samples:
             if record is None:
