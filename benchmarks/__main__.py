@@ -9,7 +9,6 @@ What is measured, and what each column means, stands in docs/benchmarks.md.
 """
 
 import argparse
-import os
 import re
 import sys
 import tempfile
@@ -136,7 +135,6 @@ def all_cases(args: argparse.Namespace, folder: str) -> dict[str, list[Case]]:
         cases["model"] = models.cases(folder, args.device, args.sizes, args.dtypes)
     if "training" in args.parts:
         demo = f"{folder}/demo"
-        os.mkdir(demo)
         models.write_weights(demo, config_file("synthetic_demo"), "", [])
         cases["training"] = training.cases(
             folder, demo, args.device, args.training_sizes, args.dtypes, args.quick

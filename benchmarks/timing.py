@@ -13,8 +13,8 @@ Timer = Callable[[Run], float]
 TURN_SECONDS, MOST_CALLS = 0.2, 1000
 # For which a GPU is kept waiting before a call, in its cycles, and roughly in seconds.
 WAIT_CYCLES, WAIT_SECONDS = 10_000_000, 0.006
-# Cases that take longer than this end after three turns.
-CASE_SECONDS, FEWEST_TURNS = 60.0, 3
+# Cases that have taken as long as this end after two turns.
+CASE_SECONDS, FEWEST_TURNS = 40.0, 2
 
 
 def wall_seconds(function: Run) -> float:
@@ -61,7 +61,7 @@ def in_turns(
 
     Args:
         functions: what to time, by name; each has been called before.
-        turns: of each. Where all of them together take minutes, three.
+        turns: of each. Where all of them together take long, two.
         timer: seconds that one call takes.
         after_turn: called after the turn of one function.
         short: a turn consists of many calls, as far as the function is short, and its duration is

@@ -5,25 +5,20 @@ from functools import partial
 
 from ddetr_d2.engine.optimizer import build_clipping, build_optimizer
 from ddetr_d2.engine.training_step import TrainingStep
+from ddetr_d2.modeling.checkpointing import PARTS
 
 import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from .cases import Case, Prepared
-from .models import (
-    THEIRS,
-    make_images,
-    name_of,
-    normalised,
-    read_ours,
-    read_theirs,
-)
+from .cases import OURS, Case, Prepared
+from .models import THEIRS, make_images, name_of, normalised, read_ours, read_theirs
 
 OBJECTS = 10  # in each image
 TOLERANCE = 1e-3  # of the losses in float32
 DEMO_SIZE = (128, 170)
+CHECKPOINTED = ["MODEL.ACTIVATION_CHECKPOINT", str(PARTS)]
 
 
 def make_batch(batch: int, size: Sequence[int], device: str, classes: int) -> list[dict]:
@@ -43,13 +38,18 @@ def make_batch(batch: int, size: Sequence[int], device: str, classes: int) -> li
 
 
 def prepare_ours(
-    folder: str, device: str, batch: int, size: Sequence[int], mixed_precision: bool
+    folder: str,
+    device: str,
+    batch: int,
+    size: Sequence[int],
+    mixed_precision: bool,
+    opts: Sequence[str] = (),
 ) -> Prepared:
-    """A step of this project's recipe.
+    """A step of this project's recipe, parts of which ``opts`` override.
 
     The result is the losses of the last layer, without dropout: of classes, L1, GIoU.
     """
-    configured = read_ours(folder, device)
+    configured = read_ours(folder, device, opts)
     cfg, model = configured.cfg, configured.build().train()
     step = TrainingStep(
         model, build_optimizer(cfg, model), build_clipping(cfg), mixed_precision=mixed_precision
@@ -116,7 +116,8 @@ def cases(
     dtypes: Sequence[torch.dtype],
     quick: bool,
 ):
-    """Two images of each size, and the small model of ``make demo``.
+    """Two images of each size, four of the first with and without activation checkpointing, and
+    the small model of ``make demo``.
 
     Args:
         folder: of the model.
@@ -140,9 +141,19 @@ def cases(
         yield Case(
             f"{size[0]}x{size[1]}, batch 2",
             {THEIRS: partial(prepare_theirs, *arguments), **ours(*arguments)},
-            seconds=18 * size[0] * size[1] / (480 * 640),
+            seconds=27 * size[0] * size[1] / (480 * 640),
             memory=size == sizes[0],
         )
+    arguments = (folder, device, 4, sizes[0], False)
+    yield Case(
+        f"{sizes[0][0]}x{sizes[0][1]}, batch 4",
+        {
+            OURS: partial(prepare_ours, *arguments),
+            f"{OURS}, checkpointed": partial(prepare_ours, *arguments, CHECKPOINTED),
+        },
+        seconds=25 * sizes[0][0] * sizes[0][1] / (480 * 640),
+        memory=True,
+    )
     batch, size = (2, sizes[0]) if quick else (8, DEMO_SIZE)
     yield Case(
         f"make demo, {size[0]}x{size[1]}, batch {batch}",

@@ -1,8 +1,9 @@
 """Layers of Deformable DETR."""
 
 from .attention import MSDeformAttn
+from .convolution import scaled_convolution
 from .dropout import dropout
-from .linear import feed_forward, linear, pointwise_convolution
+from .linear import feed_forward, linear
 from .ms_deform_attn import ms_deform_attn
 from .position_encoding import sine_embedding, sine_position_embedding
 from .reference import ms_deform_attn_reference
@@ -15,7 +16,7 @@ __all__ = [
     "linear",
     "ms_deform_attn",
     "ms_deform_attn_reference",
-    "pointwise_convolution",
+    "scaled_convolution",
     "self_attention",
     "sine_embedding",
     "sine_position_embedding",

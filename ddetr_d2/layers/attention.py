@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .linear import linear, two_linears
 from .ms_deform_attn import can_fuse, ms_deform_attn, ms_deform_attn_fused
+from .precision import at_least_float32
 
 
 class MSDeformAttn(nn.Module):
@@ -187,7 +188,7 @@ class MSDeformAttn(nn.Module):
         heads, levels, points = self.num_heads, self.num_levels, self.num_points
         if torch.is_autocast_enabled(logits.device.type):
             # In float32, as the operator takes the weights, it is faster as well.
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            logits = logits.to(at_least_float32(logits.dtype))
         weights = logits.view(batch, queries, heads, levels * points).softmax(-1)
         return weights.view(batch, queries, heads, levels, points)
 

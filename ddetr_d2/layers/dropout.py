@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .ms_deform_attn import devices_with
+from .precision import at_least_float32
 
 _DEVICES = devices_with("dropout")
 
@@ -26,7 +27,7 @@ def dropout(x: Tensor, p: float, training: bool, residual: Tensor | None = None)
         training: otherwise nothing becomes zero.
         residual: what is added, of the same shape; or None.
     """
-    types = (x.dtype, torch.promote_types(x.dtype, torch.float32))
+    types = (x.dtype, at_least_float32(x.dtype))
     if training and p > 0 and is_compiled_for(x) and (residual is None or residual.dtype in types):
         return _Dropout.apply(x, p, residual)
     x = F.dropout(x, p, training)

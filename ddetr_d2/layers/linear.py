@@ -1,8 +1,8 @@
-"""Linear layers, 1x1 convolutions and feed-forward networks, as they are fast in training on a CPU.
+"""Linear layers and feed-forward networks, as they are fast in training on a CPU.
 
-In float32, PyTorch's own linear layers multiply by its BLAS library, and so do its 1x1 convolutions
-on one thread; oneDNN, which PyTorch itself uses for 16 bit types only, is faster. What autograd
-would keep, copy or compute apart, a feed-forward network does by itself.
+In float32, PyTorch's own linear layers multiply by its BLAS library; oneDNN, which PyTorch itself
+uses for 16 bit types only, is faster. What autograd would keep, copy or compute apart, a
+feed-forward network does by itself.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dropout import draw_seed, dropout, is_compiled_for
+from .precision import at_least_float32
 
 # Fewer rows are not worth the time that a function of autograd in Python takes.
 _FEWEST_ROWS = 512
@@ -25,7 +26,7 @@ def linear(x: Tensor, layer: nn.Linear) -> Tensor:
 
     The layer itself is called where that is as fast, or where it has been replaced by another.
     """
-    if type(layer) is nn.Linear and _multiplies_by_onednn(x, layer.weight):
+    if type(layer) is nn.Linear and trains_by_onednn(x, layer.weight) and has_many_rows(x):
         return _Linear.apply(x, layer.weight, layer.bias)
     return layer(x)
 
@@ -34,19 +35,12 @@ def two_linears(x: Tensor, layer1: nn.Linear, layer2: nn.Linear) -> tuple[Tensor
     """:func:`linear` of two layers, whose gradients of ``x`` come as one."""
     if (
         type(layer1) is type(layer2) is nn.Linear
-        and _multiplies_by_onednn(x, layer1.weight)
+        and trains_by_onednn(x, layer1.weight)
+        and has_many_rows(x)
         and layer2.weight.dtype == layer1.weight.dtype
     ):
         return _TwoLinears.apply(x, layer1.weight, layer1.bias, layer2.weight, layer2.bias)
     return layer1(x), layer2(x)
-
-
-def pointwise_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A convolution of (N, C, H, W) by weights (C', C, 1, 1), differentiable once."""
-    rows = x.permute(0, 2, 3, 1)
-    if rows.is_contiguous() and _multiplies_by_onednn(rows, weight):
-        return _PointwiseConvolution.apply(x, weight, bias)
-    return F.conv2d(x, weight, bias)
 
 
 def feed_forward(
@@ -68,7 +62,8 @@ def feed_forward(
         and linear2.bias is not None
         and torch.is_grad_enabled()
         and (x.requires_grad or linear1.weight.requires_grad)
-        and _is_worth_it(x)
+        and is_compiled_for(x)
+        and has_many_rows(x)
     ):
         dtype = linear1.weight.dtype
         if torch.is_autocast_enabled("cpu") and x.dtype in (torch.float32, torch.bfloat16):
@@ -81,34 +76,40 @@ def feed_forward(
     return dropout(linear2(hidden), p, training, residual=x)
 
 
-def _multiplies_by_onednn(x: Tensor, weight: Tensor) -> bool:
+def trains_by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN can be called: in float32, and where no graph is recorded."""
     return (
         torch.is_grad_enabled()
         and x.dtype == weight.dtype == torch.float32
-        and _is_worth_it(x)
+        and is_compiled_for(x)
         and not torch.is_autocast_enabled("cpu")
         and _has_onednn()
     )
 
 
-def _is_worth_it(x: Tensor) -> bool:
-    return is_compiled_for(x) and x.numel() >= _FEWEST_ROWS * x.shape[-1]
+def has_many_rows(x: Tensor) -> bool:
+    """Whether a product of ``x`` (..., C) is worth the time of a function in Python.
+
+    Not to be asked where a graph is recorded, which would be for such sizes only.
+    """
+    return x.numel() >= _FEWEST_ROWS * x.shape[-1]
 
 
 def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias``."""
     if x.dtype == torch.float32 and _has_onednn():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
-def _gradients_of_parameters(
+def gradients_of_parameters(
     grad: Tensor, x: Tensor, bias: bool = True
 ) -> tuple[Tensor, Tensor | None]:
+    """Of weight (C', C) and bias: for ``grad`` (..., C') of the output and ``x`` (..., C)."""
     grad, x = grad.flatten(0, -2), x.flatten(0, -2)
     return grad.t() @ x, grad.sum(0) if bias else None
 
@@ -117,14 +118,14 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _multiply(x, weight, bias)
+        return multiply(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_x = _multiply(grad, weight.t(), None) if ctx.needs_input_grad[0] else None
-        return grad_x, *_gradients_of_parameters(grad, x, ctx.needs_input_grad[2])
+        grad_x = multiply(grad, weight.t(), None) if ctx.needs_input_grad[0] else None
+        return grad_x, *gradients_of_parameters(grad, x, ctx.needs_input_grad[2])
 
 
 class _TwoLinears(torch.autograd.Function):
@@ -138,7 +139,7 @@ class _TwoLinears(torch.autograd.Function):
         bias2: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, weight1, weight2)
-        return _multiply(x, weight1, bias1), _multiply(x, weight2, bias2)
+        return multiply(x, weight1, bias1), multiply(x, weight2, bias2)
 
     @staticmethod
     def backward(ctx: Any, grad1: Tensor, grad2: Tensor) -> tuple[Tensor | None, ...]:
@@ -146,38 +147,14 @@ class _TwoLinears(torch.autograd.Function):
         grad1, grad2 = grad1.contiguous(), grad2.contiguous()
         grad_x = None
         if ctx.needs_input_grad[0]:
-            part = _multiply(grad1, weight1.t(), None)
+            part = multiply(grad1, weight1.t(), None)
             op = torch.ops.mkldnn._linear_pointwise.binary
             grad_x = op(grad2, part, weight2.t(), None, "add")
         return (
             grad_x,
-            *_gradients_of_parameters(grad1, x, ctx.needs_input_grad[2]),
-            *_gradients_of_parameters(grad2, x, ctx.needs_input_grad[4]),
+            *gradients_of_parameters(grad1, x, ctx.needs_input_grad[2]),
+            *gradients_of_parameters(grad2, x, ctx.needs_input_grad[4]),
         )
-
-
-class _PointwiseConvolution(torch.autograd.Function):
-    """Forward as a convolution, since an output that is a view of another tensor could not be
-    changed in place without a copy of its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return torch.ops.aten.mkldnn_convolution(x, weight, bias, [0, 0], [1, 1], [1, 1], 1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        grad = grad.permute(0, 2, 3, 1).contiguous()
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _multiply(grad, weight.flatten(1).t(), None).permute(0, 3, 1, 2)
-        if ctx.needs_input_grad[1]:
-            grad_weight, grad_bias = _gradients_of_parameters(
-                grad, x.permute(0, 2, 3, 1), ctx.needs_input_grad[2]
-            )
-            grad_weight = grad_weight.view_as(weight)
-        return grad_x, grad_weight, grad_bias
 
 
 class _FeedForward(torch.autograd.Function):
@@ -202,10 +179,10 @@ class _FeedForward(torch.autograd.Function):
         inputs, hiddens, outputs = [], [], []
         for index, residual in enumerate(_pieces(x)):
             piece = residual.to(dtype)
-            hidden = _multiply(piece, weight1, bias1)
+            hidden = multiply(piece, weight1, bias1)
             seed = ctx.seed + 2 * index
             torch.ops.ddetr_d2.dropout_(hidden, p, seed, None, True)
-            output = _multiply(hidden, weight2, bias2)
+            output = multiply(hidden, weight2, bias2)
             outputs.append(torch.ops.ddetr_d2.dropout(output, p, seed + 1, residual))
             inputs.append(piece)
             hiddens.append(hidden)
@@ -225,12 +202,12 @@ class _FeedForward(torch.autograd.Function):
             grad = grad_output.to(x.dtype)
             if ctx.p > 0:
                 grad = torch.ops.ddetr_d2.dropout(grad, ctx.p, ctx.seed + 2 * index + 1)
-            grads2 = _gradients_of_parameters(grad, hidden)
-            grad = _multiply(grad, scaled, None)
+            grads2 = gradients_of_parameters(grad, hidden)
+            grad = multiply(grad, scaled, None)
             torch.ops.aten.threshold_backward.grad_input(grad, hidden, 0, grad_input=grad)
-            parameters.append((*_gradients_of_parameters(grad, x), *grads2))
+            parameters.append((*gradients_of_parameters(grad, x), *grads2))
             if ctx.needs_input_grad[0]:
-                grads_x.append(_multiply(grad, weight1.t(), None) + grad_output)
+                grads_x.append(multiply(grad, weight1.t(), None) + grad_output)
         grad_x = torch.cat(grads_x).view(grad_sum.shape) if grads_x else None
         return grad_x, *(_sum(parts) for parts in zip(*parameters, strict=True)), None, None
 
@@ -241,7 +218,7 @@ def _pieces(x: Tensor) -> tuple[Tensor, ...]:
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
     """At least in float32."""
-    total = parts[0].to(torch.promote_types(parts[0].dtype, torch.float32))
+    total = parts[0].to(at_least_float32(parts[0].dtype))
     for part in parts[1:]:
         total = total.add_(part) if total is not parts[0] else total + part
     return total

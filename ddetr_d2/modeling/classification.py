@@ -13,7 +13,8 @@ from detectron2.utils import comm
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
-from .heads import at_least_float, at_most
+from ..layers.precision import at_least_float
+from .heads import at_most
 
 
 class BestClasses(NamedTuple):

@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou
 
+from ..layers.precision import at_least_float
 from .classification import BatchCounts, at_least_one
-from .heads import Predictions, at_least_float
+from .heads import Predictions
 from .matcher import HungarianMatcher, Matches, Target
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import sine_position_embedding
+from ..layers.precision import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ class FeatureProjection(nn.Module):
             else:
                 mask = F.interpolate(image_mask[:, None].float(), size=(height, width))[:, 0].bool()
             # Positions and sizes in 16 bits would be off by pixels.
-            dtype = torch.promote_types(feature.dtype, torch.float32)
+            dtype = at_least_float32(feature.dtype)
             position = sine_position_embedding(mask, feature.shape[1], dtype, self.pixel_center)
             position = position.flatten(1, 2)
             if self.level_embed is not None:

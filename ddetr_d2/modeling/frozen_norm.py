@@ -1,11 +1,10 @@
 """Convolutions with frozen batch normalisation, as they are fast in training."""
 
 import torch
-import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
 
-from ..layers import pointwise_convolution
+from ..layers import scaled_convolution
 
 
 class FrozenNormConv2d(Conv2d):
@@ -22,15 +21,8 @@ class FrozenNormConv2d(Conv2d):
         shift = norm.bias - norm.running_mean * scale
         if self.bias is not None:
             shift = shift + self.bias * scale
-        weight = self.weight * scale[:, None, None, None]
-        if (
-            self.kernel_size == (1, 1) == self.stride
-            and self.padding == (0, 0)
-            and self.groups == 1
-        ):
-            x = pointwise_convolution(x, weight, shift)
-        else:
-            x = F.conv2d(x, weight, shift, self.stride, self.padding, self.dilation, self.groups)
+        arguments = self.stride, self.padding, self.dilation, self.groups
+        x = scaled_convolution(x, self.weight, scale, shift, *arguments)
         return x if self.activation is None else self.activation(x)
 
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import MLP
 
+from ..layers.precision import at_least_float
+
 PRIOR_PROBABILITY = 0.01
 
 
@@ -43,11 +45,6 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     """Logarithm of x / (1 - x), with x clamped to [0, 1] and both parts to at least ``eps``."""
     x = x.clamp(min=0, max=1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
-
-
-def at_least_float(x: Tensor) -> Tensor:
-    """16 bit numbers as float32, others as they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def at_most(count: int, size: int | torch.SymInt | Tensor) -> Any:

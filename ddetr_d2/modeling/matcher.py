@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert, generalized_box_iou
 
+from ..layers.precision import at_least_float
 from .classification import SigmoidClasses, SoftmaxClasses
-from .heads import Predictions, at_least_float
+from .heads import Predictions
 
 # Cost of pairs whose own is not finite: above any other, and small enough to be added up.
 _WORST = 1e6

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import sine_embedding
+from ..layers.precision import at_least_float
 from .feature_levels import FeatureLevels
-from .heads import DetectionHead, Predictions, at_least_float, at_most
+from .heads import DetectionHead, Predictions, at_most
 
 # Side of the anchors on the finest level as a fraction of the image; it doubles per level.
 ANCHOR_SIZE = 0.05

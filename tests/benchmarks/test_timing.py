@@ -27,10 +27,10 @@ def test_a_turn_of_a_short_function_is_the_median_of_many_calls(monkeypatch):
     assert times == {"a": [0.2]}
 
 
-def test_long_cases_end_after_three_turns(monkeypatch):
+def test_long_cases_end_after_two_turns(monkeypatch):
     monkeypatch.setattr(timing, "CASE_SECONDS", 0.0)
-    assert len(timing.in_turns({"a": lambda: None}, 9)["a"]) == 3
-    assert len(timing.in_turns({"a": lambda: None}, 2)["a"]) == 2
+    assert len(timing.in_turns({"a": lambda: None}, 9)["a"]) == 2
+    assert len(timing.in_turns({"a": lambda: None}, 1)["a"]) == 1
 
 
 def test_seconds_of_a_call():

@@ -25,6 +25,14 @@ def test_same_detections(variant, build, check):
     check(model, program.module())
 
 
+@pytest.mark.parametrize("variant", ["deformable_detr_refine_two_stage", "detr"])
+def test_compiled_as_one_graph(variant, build, check):
+    model = build(variant)
+    program = export_program(ExportableDetector(model)).module()
+    torch.compiler.reset()
+    check(model, torch.compile(program, backend="eager", fullgraph=True))
+
+
 def test_detr(build, check):
     model = build("detr")
     check(model, export_program(ExportableDetector(model)).module())

@@ -1,6 +1,6 @@
 """Linear layers and feed-forward networks in training."""
 
-from ddetr_d2.layers import feed_forward, linear, pointwise_convolution
+from ddetr_d2.layers import feed_forward, linear
 from ddetr_d2.layers.linear import two_linears
 
 import pytest
@@ -64,36 +64,6 @@ def test_two_linears(wide):
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     assert name_of(two_linears(x, *module)[1]) == "_TwoLinearsBackward" or not wide
-
-
-@needs_extension
-@pytest.mark.parametrize("bias", [True, False])
-def test_pointwise_convolution(bias):
-    layer = nn.Conv2d(12, 20, 1, bias=bias)
-    x = torch.randn(2, 12, 20, 13).to(memory_format=torch.channels_last)
-    function = lambda x: pointwise_convolution(x, layer.weight, layer.bias)  # noqa: E731
-    assert name_of(function(x)) == "_PointwiseConvolutionBackward"
-    got = gradients(lambda x: function(x).relu_(), layer, x)
-    assert got[0].is_contiguous(memory_format=torch.channels_last)
-    for a, b in zip(got, gradients(lambda x: layer(x).relu(), layer, x), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-    # Other layouts go the usual way.
-    assert name_of(function(x.contiguous())) == "ConvolutionBackward0"
-
-
-@needs_extension
-def test_pointwise_convolution_of_frozen_weights():
-    weight = torch.randn(20, 12, 1, 1)
-    x = torch.randn(2, 12, 20, 13).to(memory_format=torch.channels_last)
-    output = pointwise_convolution(x, weight, None)
-    assert not output.requires_grad
-    torch.testing.assert_close(output, nn.functional.conv2d(x, weight), atol=1e-4, rtol=1e-4)
-    x.requires_grad_()
-    grads = [
-        torch.autograd.grad(function(x, weight, None).square().sum(), x)[0]
-        for function in (pointwise_convolution, nn.functional.conv2d)
-    ]
-    torch.testing.assert_close(*grads, atol=1e-3, rtol=1e-4)
 
 
 @needs_extension

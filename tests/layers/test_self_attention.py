@@ -69,3 +69,15 @@ def test_other_modules_are_called():
     torch.manual_seed(0)
     expected = nn.MultiheadAttention.forward(attention, x, x, x, need_weights=False)[0]
     assert torch.equal(got, 2 * expected)
+
+
+@needs_extension
+def test_gradients_with_dropout():
+    attention, query, content = make(0.3)
+
+    def function(query, content, *parameters):
+        torch.manual_seed(0)
+        return self_attention(attention, query, content)
+
+    inputs = (query, content, *attention.parameters())
+    torch.autograd.gradcheck(function, inputs, fast_mode=True)
