@@ -25,7 +25,7 @@ def test_same_detections(variant, build, check):
     check(model, program.module())
 
 
-@pytest.mark.parametrize("variant", ["deformable_detr_refine_two_stage", "detr"])
+@pytest.mark.parametrize("variant", ["deformable_detr_refine", "detr"])
 def test_compiled_as_one_graph(variant, build, check):
     model = build(variant)
     program = export_program(ExportableDetector(model)).module()
