@@ -80,11 +80,12 @@ class MSDeformAttn(nn.Module):
         spatial_shapes: Sequence[Sequence[int]] | Tensor,
         level_start_index: Sequence[int] | Tensor,
         padding_mask: Tensor | None = None,
+        position: Tensor | None = None,
     ) -> Tensor:
         """Let each query look at its learned points in all levels.
 
         Args:
-            query: (N, Q, C), content plus position.
+            query: (N, Q, C), content plus position, or content alone with ``position``.
             reference_points: (N, Q, L, 2) points (x, y), from which offsets are counted in pixels
                 of the level, or (N, Q, L, 4) boxes (cx, cy, w, h), from whose centre offsets are
                 counted in w / 2K and h / 2K. All relative to the level's width and height.
@@ -93,6 +94,7 @@ class MSDeformAttn(nn.Module):
                 (L, 2).
             level_start_index: first token of each level, ints or an integer tensor (L,).
             padding_mask: (N, S), True where a token is padding and is to count as zero; or None.
+            position: (N or 1, Q, C), what is added to the query; or None.
 
         Returns:
             (N, Q, C)
@@ -110,7 +112,9 @@ class MSDeformAttn(nn.Module):
                 f"{tuple(value_tokens.shape[:2])} as value_tokens has, "
                 f"got {padding_mask.dtype} {tuple(padding_mask.shape)}"
             )
-        offsets, logits = self._offsets_and_logits(query, reference_points, spatial_shapes)
+        offsets, logits = self._offsets_and_logits(
+            query, position, reference_points, spatial_shapes
+        )
         value = linear(value_tokens, self.value_proj)
         if padding_mask is not None:
             value = value.masked_fill(padding_mask[..., None], 0.0)
@@ -127,7 +131,11 @@ class MSDeformAttn(nn.Module):
         return linear(output, self.output_proj)
 
     def sampling(
-        self, query: Tensor, reference_points: Tensor, spatial_shapes: Sequence[Sequence[int]]
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        spatial_shapes: Sequence[Sequence[int]],
+        position: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Where each query looks, and with which weights; arguments as in :meth:`forward`.
 
@@ -138,12 +146,18 @@ class MSDeformAttn(nn.Module):
         Raises:
             ValueError: an argument has the wrong shape; the message names it.
         """
-        offsets, logits = self._offsets_and_logits(query, reference_points, spatial_shapes)
+        offsets, logits = self._offsets_and_logits(
+            query, position, reference_points, spatial_shapes
+        )
         locations = self._locations(offsets, reference_points, spatial_shapes)
         return locations, self._softmax(logits)
 
     def _offsets_and_logits(
-        self, query: Tensor, reference_points: Tensor, spatial_shapes: Sequence[Sequence[int]]
+        self,
+        query: Tensor,
+        position: Tensor | None,
+        reference_points: Tensor,
+        spatial_shapes: Sequence[Sequence[int]],
     ) -> tuple[Tensor, Tensor]:
         """Offsets (N, Q, M, L, K, 2) and weights before the softmax (N, Q, M, L, K)."""
         batch, queries, _ = query.shape
@@ -159,7 +173,8 @@ class MSDeformAttn(nn.Module):
                 f"MSDeformAttn: reference_points: expected shape ({batch}, {queries}, {levels}, "
                 f"2 or 4), got {tuple(reference_points.shape)}"
             )
-        offsets, logits = two_linears(query, self.sampling_offsets, self.attention_weights)
+        layers = self.sampling_offsets, self.attention_weights
+        offsets, logits = two_linears(query, position, *layers)
         return (
             offsets.view(batch, queries, heads, levels, points, 2),
             logits.view(batch, queries, heads, levels, points),

@@ -31,16 +31,30 @@ def linear(x: Tensor, layer: nn.Linear) -> Tensor:
     return layer(x)
 
 
-def two_linears(x: Tensor, layer1: nn.Linear, layer2: nn.Linear) -> tuple[Tensor, Tensor]:
-    """:func:`linear` of two layers, whose gradients of ``x`` come as one."""
+def two_linears(
+    x: Tensor, position: Tensor | None, layer1: nn.Linear, layer2: nn.Linear
+) -> tuple[Tensor, Tensor]:
+    """:func:`linear` of two layers of a sum, which is not kept and whose gradients come as one.
+
+    Args:
+        x: (N, Q, C).
+        position: (N or 1, Q, C), what is added; or None.
+        layer1, layer2: from C to any widths.
+    """
     if (
         type(layer1) is type(layer2) is nn.Linear
         and trains_by_onednn(x, layer1.weight)
         and has_many_rows(x)
         and layer2.weight.dtype == layer1.weight.dtype
     ):
-        return _TwoLinears.apply(x, layer1.weight, layer1.bias, layer2.weight, layer2.bias)
+        parameters = (layer1.weight, layer1.bias, layer2.weight, layer2.bias)
+        return _TwoLinears.apply(x, position, *parameters)
+    x = _with(position, x)
     return layer1(x), layer2(x)
+
+
+def _with(position: Tensor | None, x: Tensor) -> Tensor:
+    return x if position is None else x + position
 
 
 def feed_forward(
@@ -133,27 +147,33 @@ class _TwoLinears(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        position: Tensor | None,
         weight1: Tensor,
         bias1: Tensor | None,
         weight2: Tensor,
         bias2: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, weight1, weight2)
+        ctx.save_for_backward(x, position, weight1, weight2)
+        x = _with(position, x)
         return multiply(x, weight1, bias1), multiply(x, weight2, bias2)
 
     @staticmethod
     def backward(ctx: Any, grad1: Tensor, grad2: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight1, weight2 = ctx.saved_tensors
+        x, position, weight1, weight2 = ctx.saved_tensors
         grad1, grad2 = grad1.contiguous(), grad2.contiguous()
-        grad_x = None
-        if ctx.needs_input_grad[0]:
+        grad_x = grad_position = None
+        if any(ctx.needs_input_grad[:2]):
             part = multiply(grad1, weight1.t(), None)
             op = torch.ops.mkldnn._linear_pointwise.binary
             grad_x = op(grad2, part, weight2.t(), None, "add")
+            if ctx.needs_input_grad[1]:
+                grad_position = grad_x.sum_to_size(position.shape)
+        x = _with(position, x)
         return (
             grad_x,
-            *gradients_of_parameters(grad1, x, ctx.needs_input_grad[2]),
-            *gradients_of_parameters(grad2, x, ctx.needs_input_grad[4]),
+            grad_position,
+            *gradients_of_parameters(grad1, x, ctx.needs_input_grad[3]),
+            *gradients_of_parameters(grad2, x, ctx.needs_input_grad[5]),
         )
 
 

@@ -21,12 +21,13 @@ class DeformableEncoderLayer(EncoderLayer):
     def attend(self, tokens: Tensor, levels: FeatureLevels) -> Tensor:
         """See :meth:`EncoderLayer.attend`."""
         return self.self_attn(
-            tokens + levels.position,
+            tokens,
             levels.reference_points,
             tokens,
             levels.spatial_shapes,
             levels.level_start_index,
             levels.padding_mask,
+            levels.position,
         )
 
 

@@ -44,8 +44,12 @@ def sampling_points(
     """
     chosen = slice(query, query + 1)
     reference = arguments["reference_points"][:1, chosen]
+    position = arguments.get("position")
     locations, weights = attention.sampling(
-        arguments["query"][:1, chosen], reference, arguments["spatial_shapes"]
+        arguments["query"][:1, chosen],
+        reference,
+        arguments["spatial_shapes"],
+        None if position is None else position[:1, chosen],
     )
     return SamplingPoints(
         # That of the finest level; on padded images those of other levels can lie beside it.

@@ -104,6 +104,23 @@ def test_training_after_inference_of_the_same_size():
     assert module.sampling_offsets.weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("positions", [1, 2])
+def test_position_is_added_to_the_query(positions, device):
+    module = make_module(device)
+    query, reference, values, shapes, *rest = make_module_inputs(device=device)
+    position = torch.randn(positions, *query.shape[1:], device=device)
+    expected = module(query + position, reference, values, shapes, *rest)
+    torch.testing.assert_close(
+        module(query, reference, values, shapes, *rest, position=position), expected
+    )
+    for a, b in zip(
+        module.sampling(query, reference, shapes, position),
+        module.sampling(query + position, reference, shapes),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
 def test_padding_has_no_influence(device):
     module = make_module(device)
     query, reference, values, shapes, starts, mask = make_module_inputs(device=device)

@@ -54,16 +54,33 @@ def test_linear_of_a_strided_input_and_gradient():
 
 @needs_extension
 @pytest.mark.parametrize("wide", [True, False])
-def test_two_linears(wide):
+@pytest.mark.parametrize("positions", [None, 1, 2])
+def test_two_linears(positions, wide):
     module = nn.ModuleList([nn.Linear(12, 20), nn.Linear(12, 5)])
-    x = torch.randn(2, ROWS // 2, 12)
-    if not wide:  # too few rows for the fast way
-        x = x[:, :3]
-    got = gradients(lambda x: torch.cat(two_linears(x, *module), -1), module, x)
-    expected = gradients(lambda x: torch.cat([layer(x) for layer in module], -1), module, x)
+    rows = ROWS // 2 if wide else 3  # too few for the fast way
+    x = torch.randn(2, rows, 12)
+    if positions is None:
+        position, plus = None, lambda x: x
+    else:
+        module.register_parameter("position", nn.Parameter(torch.randn(positions, rows, 12)))
+        position, plus = module.position, lambda x: x + module.position
+    got = gradients(lambda x: torch.cat(two_linears(x, position, *module), -1), module, x)
+    expected = gradients(lambda x: torch.cat([layer(plus(x)) for layer in module], -1), module, x)
     for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-    assert name_of(two_linears(x, *module)[1]) == "_TwoLinearsBackward" or not wide
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4)
+    output = two_linears(x, position, *module)[1]
+    assert name_of(output) == ("_TwoLinearsBackward" if wide else "ViewBackward0")
+
+
+@needs_extension
+def test_two_linears_do_not_keep_the_sum():
+    module = nn.ModuleList([nn.Linear(12, 20), nn.Linear(12, 5)])
+    x, position = (torch.randn(1, ROWS, 12, requires_grad=True) for _ in range(2))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        two_linears(x, position, *module)
+    own = [x, position, module[0].weight, module[1].weight]
+    assert {x.data_ptr() for x in kept} == {x.data_ptr() for x in own}
 
 
 @needs_extension
