@@ -9,6 +9,8 @@ from pathlib import Path
 from ddetr_d2.checkpoint.writing import write_checkpoint, write_transformers
 from ddetr_d2.detector import Configured, configure
 from ddetr_d2.engine import setup_cfg
+from ddetr_d2.errors import UserError
+from ddetr_d2.layers.onednn import PackedConv2d, PackedLinear, can_pack
 from ddetr_d2.modeling import prepare_for_inference
 
 import torch
@@ -23,6 +25,14 @@ from .graphs import record
 THEIRS = "transformers"
 CLASSES = 91  # as in the published models
 TOLERANCE = 1e-3  # of scores and boxes in float32
+# Of the refined ResNet-50 and an image of 800x1066: the layer and the shape of its input.
+LAYERS: dict[str, tuple[Callable[[], nn.Linear | nn.Conv2d], tuple[int, ...]]] = {
+    "linear, 17,821 x 256 to 1024": (partial(nn.Linear, 256, 1024), (17821, 256)),
+    "linear, 17,821 x 1024 to 256": (partial(nn.Linear, 1024, 256), (17821, 1024)),
+    "convolution 3x3, 128 channels": (partial(nn.Conv2d, 128, 128, 3, 1, 1), (1, 128, 100, 134)),
+    "convolution 3x3, 512 channels": (partial(nn.Conv2d, 512, 512, 3, 1, 1), (1, 512, 25, 34)),
+    "convolution 1x1, 1024 to 256": (partial(nn.Conv2d, 1024, 256, 1), (1, 1024, 50, 67)),
+}
 
 
 def write_weights(folder: str, config_file: str, weights: str, opts: Sequence[str]) -> None:
@@ -193,10 +203,34 @@ def prepare_theirs(folder: str, device: str, batch: int, size: Sequence[int]) ->
     return Prepared(result, result)
 
 
+def prepare_layer(name: str, dtype: torch.dtype) -> Prepared:
+    """One of :data:`LAYERS` as ``prepare_for_inference`` packs it.
+
+    Raises:
+        UserError: the processor does not compute in ``dtype``.
+    """
+    make, shape = LAYERS[name]
+    layer = make().to(dtype)
+    if not can_pack(layer):
+        raise UserError(f"oneDNN does not compute in {dtype} on this processor.")
+    x = torch.rand(shape).to(dtype)
+    if isinstance(layer, nn.Linear):
+        packed: nn.Module = PackedLinear(layer)
+    else:
+        packed, x = PackedConv2d(layer), x.to(memory_format=torch.channels_last)
+
+    def run() -> Tensor:
+        with torch.inference_mode():
+            return packed(x)
+
+    return Prepared(run)
+
+
 def cases(
     folder: str, device: str, sizes: Sequence[tuple[int, int]], dtypes: Sequence[torch.dtype]
 ):
-    """Inference on one image and on four, beside transformers where that does not take minutes."""
+    """Inference on one image and on four, beside transformers where that does not take minutes, and
+    on a CPU layers by themselves."""
     for size in sizes:
         for batch in (1, 4):
             arguments = (folder, device, batch, size)
@@ -215,3 +249,7 @@ def cases(
                 seconds=(11 if THEIRS in make else 15) * size[0] * size[1] / (800 * 1066),
                 memory=batch == 1,
             )
+    if device == "cpu":
+        for name in LAYERS:
+            make = {name_of(dtype): partial(prepare_layer, name, dtype) for dtype in dtypes}
+            yield Case(f"layer, {name}", make, seconds=0.5, short=True)

@@ -56,7 +56,9 @@ def test_16_bits_of_the_operator(run):
 def test_models_with_weights(run, tmp_path):
     """The detector's and transformers', of a checkpoint."""
     models.write_weights(str(tmp_path), config_file("detr"), "", OPTIONS)
-    found = run("model", "--weights", str(tmp_path / "model.pth"), "--sizes", "96x64")
+    found = run(
+        "model", "--weights", str(tmp_path / "model.pth"), "--sizes", "96x64", "--only", "96x64"
+    )
     ours = ["ddetr_d2", "ddetr_d2, bfloat16"]
     names = {1: ["transformers", *ours], 4: ours}
     assert list(found) == [(f"96x64, batch {n}", name) for n in names for name in names[n]]
@@ -66,6 +68,14 @@ def test_models_with_weights(run, tmp_path):
         assert 1e-4 < record["difference"] < 0.2
         assert 0 < record["limit_share"] < 1
         assert record["times_ours"][0] > 0
+
+
+def test_layers(run):
+    found = run("model", "--only", "layer", "--dtype", "float32")
+    assert len(found) == len(models.LAYERS)
+    for (case, name), record in found.items():
+        assert (case.startswith("layer, "), name) == (True, "ddetr_d2")
+        assert 0 < record["ms"][0] < 60_000
 
 
 def test_a_model_that_transformers_does_not_have(run, capsys):
