@@ -25,9 +25,8 @@ def test_same_detections(variant, build, check):
     check(model, program.module())
 
 
-@pytest.mark.parametrize("variant", ["deformable_detr_refine", "detr"])
-def test_compiled_as_one_graph(variant, build, check):
-    model = build(variant)
+def test_compiled_as_one_graph(build, check):
+    model = build("deformable_detr_refine")
     program = export_program(ExportableDetector(model)).module()
     torch.compiler.reset()
     check(model, torch.compile(program, backend="eager", fullgraph=True))
