@@ -29,7 +29,7 @@ help:
 	@echo 'make test-environments  the tests of the wheel with other versions of Python and PyTorch (12 GB)'
 	@echo 'make lint   set up, check format, style and types'
 	@echo 'make pins   set up, write requirements.txt; versions stay but with ARGS=--upgrade'
-	@echo 'make bench  set up, time operator, model, training and exports beside others (CPU, 25 minutes)'
+	@echo 'make bench  set up, time operator, model, training and exports beside others (CPU, 20 minutes)'
 	@echo 'make wheel  set up, build a wheel for every Python from 3.11 and every torch from 2.10 on'
 	@echo 'make sanitize  set up, test the CPU kernels under AddressSanitizer and UBSan'
 	@echo 'make soak   set up, train 2,000 steps on tiny images: does memory grow? (Linux, minutes)'

@@ -2,7 +2,7 @@
 
 ::
 
-    python -m benchmarks --repeats 3                      everything, on two cores in 25 minutes
+    python -m benchmarks --repeats 3                      everything, on two cores in 20 minutes
     python -m benchmarks model --sizes 800x1066 --json model.json
 
 What is measured, and what each column means, stands in docs/benchmarks.md.
