@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..errors import UserError
 from .batches import BatchOrder, Sample, aspect_ratio_groups, permutation, random_words
-from .transfer import Packed, pack, unpack
+from .transfer import pack, unpack
 from .unreadable import UnreadableImage, UnreadableImages
 from .wording import counted, plural
 
@@ -250,7 +250,7 @@ class TrainLoader:
             for i in range(first, first + self._accumulate * size, size):
                 yield batch[i : i + size]
 
-    def _next(self, loaded: Iterator[list]) -> list[Record]:
+    def _next(self, loaded: Iterator[Any]) -> list[Record]:
         """The next micro-batch, after taking note of what could not be read for it."""
         try:
             batch = next(loaded)
@@ -264,7 +264,7 @@ class TrainLoader:
                 "memory (/dev/shm): give DATALOADER.NUM_WORKERS a lower number than "
                 f"{self._num_workers}"
             ) from error
-        samples = unpack(batch) if isinstance(batch, Packed) else batch
+        samples = unpack(batch) if self._num_workers else batch
         self.unreadable.found(image for _, images in samples for image in images)
         for record, images in samples:
             if record is None:

@@ -105,7 +105,7 @@ def _gradients_of_product(
     grad_x = grad_weight = grad_bias = None
     if wanted[0]:
         grad_x = multiply(grad, weight.flatten(1).t(), None).permute(0, 3, 1, 2)
-    if wanted[1]:
+    if wanted[1] or wanted[2]:  # of frozen weights the bias may be trained
         rows = x.permute(0, 2, 3, 1)
         grad_weight, grad_bias = gradients_of_parameters(grad, rows, bias=wanted[2])
         grad_weight = grad_weight.view_as(weight)

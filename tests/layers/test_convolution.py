@@ -41,7 +41,7 @@ def gradients(function, tensors, arguments, wanted):
 
 
 @needs_extension
-@pytest.mark.parametrize("wanted", [(0, 1, 3), (1,), (0,), (0, 1), (1, 3)], ids=str)
+@pytest.mark.parametrize("wanted", [(0, 1, 3), (1,), (0,), (0, 1), (1, 3), (3,)], ids=str)
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("case", CASES)
 def test_output_and_gradients(case, channels_last, wanted):
